@@ -1,0 +1,60 @@
+// Arguments: one-dimensional host buffers of integers, checked; lists as the slow way.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/types.h"
+
+namespace pagedkv {
+
+// A checked view of a Python argument. Borrows the buffer where its type is already right, else
+// holds a converted copy. Lives as long as the call.
+template <class T>
+class Argument {
+ public:
+  // int64 and int32 buffers, or a sequence of int. Values of T must hold them all.
+  Argument(const char* name, pybind11::handle object);
+  // As above; None gives an absent argument.
+  static Argument optional(const char* name, pybind11::handle object);
+  ~Argument();
+  Argument(Argument&& other) noexcept;
+  Argument(const Argument&) = delete;
+  Argument& operator=(const Argument&) = delete;
+  Argument& operator=(Argument&&) = delete;
+
+  bool given() const { return given_; }
+  std::span<const T> span() const { return values_; }
+
+ private:
+  Argument() = default;
+  void read_sequence(const char* name, pybind11::handle object);
+
+  bool given_ = false;
+  bool held_ = false;
+  Py_buffer buffer_{};
+  std::vector<T> copy_;
+  std::span<const T> values_;
+};
+
+extern template class Argument<std::int64_t>;
+extern template class Argument<Token>;
+
+// Ids have the memory of int64.
+inline std::span<const SequenceId> as_ids(const Argument<std::int64_t>& argument) {
+  static_assert(sizeof(SequenceId) == sizeof(std::int64_t));
+  return {reinterpret_cast<const SequenceId*>(argument.span().data()), argument.span().size()};
+}
+
+// bytes, or str as UTF-8; None is the empty salt. The view lives as long as the object.
+std::optional<std::string_view> salt_argument(pybind11::handle object);
+
+// An int in [0, 2^63), refusing bool and float.
+std::int64_t int_argument(const char* name, pybind11::handle object);
+
+}  // namespace pagedkv

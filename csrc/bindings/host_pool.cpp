@@ -1,0 +1,109 @@
+// HostPool: copies on tensors in host memory, which Python checked and keeps alive.
+#include "host/host_pool.h"
+
+#include <pybind11/pybind11.h>
+
+#include "bindings/buffers.h"
+#include "bindings/module.h"
+
+namespace py = pybind11;
+
+namespace pagedkv {
+
+namespace {
+
+// From here on other Python threads are worth letting in.
+constexpr std::int64_t kLongCopyBytes = 256 * 1024;
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+class IntBuffer {
+ public:
+  IntBuffer(py::handle object, int ndim) {
+    if (PyObject_GetBuffer(object.ptr(), &buffer_, PyBUF_STRIDED_RO | PyBUF_FORMAT) != 0) {
+      throw py::error_already_set();
+    }
+    const bool right = buffer_.ndim == ndim && buffer_.itemsize == sizeof(std::int32_t) &&
+                       (buffer_.shape[ndim - 1] < 2 ||
+                        buffer_.strides[ndim - 1] == sizeof(std::int32_t));
+    if (right) return;
+    PyBuffer_Release(&buffer_);
+    throw py::type_error("expected an int32 buffer with a contiguous last dimension");
+  }
+  ~IntBuffer() { PyBuffer_Release(&buffer_); }
+  IntBuffer(const IntBuffer&) = delete;
+  IntBuffer& operator=(const IntBuffer&) = delete;
+
+  const std::int32_t* data() const { return static_cast<const std::int32_t*>(buffer_.buf); }
+  std::int64_t size(int d) const { return buffer_.shape[d]; }
+  std::int64_t stride(int d) const {
+    return buffer_.strides[d] / static_cast<std::int64_t>(sizeof(std::int32_t));
+  }
+
+ private:
+  Py_buffer buffer_{};
+};
+
+template <class F>
+void run(std::int64_t bytes, F&& copy) {
+  if (bytes < kLongCopyBytes) return copy();
+  const py::gil_scoped_release release;
+  copy();
+}
+
+}  // namespace
+
+void bind_host_pool(py::module_& m) {
+  py::class_<HostPool>(m, "HostPool", py::is_final(),
+                       "Copies in host memory. The caller keeps the tensors alive and unshared.")
+      .def(py::init([](const py::list& regions, std::int32_t num_blocks, std::int32_t block_size) {
+             std::vector<Region> list;
+             for (const py::handle item : regions) {
+               const auto t = item.cast<py::tuple>();
+               list.push_back({pointer<std::byte>(t[0].cast<std::uintptr_t>()),
+                               t[1].cast<std::int64_t>(), t[2].cast<std::int64_t>()});
+             }
+             return HostPool(std::move(list), num_blocks, block_size);
+           }),
+           py::arg("regions"), py::arg("num_blocks"), py::arg("block_size"))
+      .def("copy_blocks",
+           [](const HostPool& pool, const py::object& copies) {
+             const IntBuffer rows(copies, 2);
+             if (rows.size(1) != 3 || (rows.size(0) > 1 && rows.stride(0) != 3)) {
+               throw py::type_error("copies: expected contiguous rows of three");
+             }
+             pool.copy_blocks({rows.data(), static_cast<std::size_t>(rows.size(0) * 3)});
+           },
+           py::arg("copies"))
+      .def("scatter",
+           [](const HostPool& pool, std::size_t region, const py::object& slots,
+              std::uintptr_t source, std::int64_t source_stride) {
+             const Argument<std::int64_t> to("slots", slots);
+             run(static_cast<std::int64_t>(to.span().size()) * source_stride, [&] {
+               pool.scatter(region, to.span(), pointer<const std::byte>(source), source_stride);
+             });
+           },
+           py::arg("region"), py::arg("slots"), py::arg("source"), py::arg("source_stride"))
+      .def("gather",
+           [](const HostPool& pool, std::size_t region, const py::object& block_tables,
+              std::int32_t first_block, const py::object& num_tokens, std::uintptr_t target,
+              std::int64_t target_stride) {
+             const IntBuffer table(block_tables, 2);
+             const IntBuffer tokens(num_tokens, 1);
+             const TableView view{table.data(), table.stride(0),
+                                  static_cast<std::int32_t>(table.size(0)),
+                                  static_cast<std::int32_t>(table.size(1))};
+             run(table.size(0) * target_stride, [&] {
+               pool.gather(region, view, first_block,
+                           {tokens.data(), static_cast<std::size_t>(tokens.size(0))},
+                           pointer<std::byte>(target), target_stride);
+             });
+           },
+           py::arg("region"), py::arg("block_tables"), py::arg("first_block"),
+           py::arg("num_tokens"), py::arg("target"), py::arg("target_stride"));
+}
+
+}  // namespace pagedkv

@@ -1,0 +1,15 @@
+#include "bindings/module.h"
+
+#define KV_STRING_OF(x) #x
+#define KV_STRING(x) KV_STRING_OF(x)
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The native part of pagedkv.";
+  m.attr("__version__") = KV_STRING(KV_VERSION);
+  m.attr("__compiler__") = __VERSION__;
+  pagedkv::bind_errors(m);
+  pagedkv::bind_values(m);
+  pagedkv::bind_step_plan(m);
+  pagedkv::bind_manager(m);
+  pagedkv::bind_host_pool(m);
+}

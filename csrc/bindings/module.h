@@ -1,0 +1,14 @@
+// One function per room of the module; module.cpp is the table of contents.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pagedkv {
+
+void bind_errors(pybind11::module_& m);
+void bind_values(pybind11::module_& m);
+void bind_step_plan(pybind11::module_& m);
+void bind_manager(pybind11::module_& m);
+void bind_host_pool(pybind11::module_& m);
+
+}  // namespace pagedkv

@@ -1,0 +1,89 @@
+// What stands behind a Python BlockManager: core, and who may enter it.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <atomic>
+#include <memory>
+#include <string>
+
+#include "core/block_manager.h"
+#include "core/check.h"
+#include "core/error.h"
+
+namespace pagedkv {
+
+class ConcurrentUse : public Error {
+ public:
+  ConcurrentUse()
+      : Error("another thread, or a callback, is inside this manager: use it from one at a time") {}
+};
+
+class Poisoned : public BrokenInvariant {
+ public:
+  using BrokenInvariant::BrokenInvariant;
+};
+
+// The outputs of a StepPlan that are arrays.
+enum class Output {
+  input_ids, slots, positions, query_starts, seq_lens, block_tables, copies, table_updates, wait_for
+};
+inline constexpr int kNumOutputs = 9;
+inline constexpr const char* kOutputNames[kNumOutputs] = {
+    "input_ids", "slots",         "positions", "query_starts", "seq_lens", "block_tables",
+    "copies",    "table_updates", "wait_for"};
+
+// Shared by the manager and its plans. Arrays keep core alive, not this, so nothing is circular.
+struct ManagerState {
+  explicit ManagerState(const Config& config) : core(std::make_shared<BlockManager>(config)) {}
+
+  // A view of the persistent buffers, made when its shape is first asked for.
+  const pybind11::object& view(Output output);
+
+  std::shared_ptr<BlockManager> core;
+  std::atomic<bool> busy{false};
+  std::string defect;  // of the broken invariant that poisoned the manager
+
+ private:
+  struct View {
+    std::array<std::int64_t, 2> shape{-1, -1};
+    pybind11::object array;
+  };
+  pybind11::object make(Output output, std::int64_t rows, std::int64_t columns) const;
+
+  std::array<View, kNumOutputs> views_;
+};
+
+// Enter core: one at a time, and never again after a broken invariant.
+template <class F>
+auto enter(ManagerState& state, F&& call) {
+  struct Guard {
+    explicit Guard(std::atomic<bool>& flag) : busy(flag) {
+      if (busy.exchange(true, std::memory_order_acquire)) throw ConcurrentUse();
+    }
+    ~Guard() { busy.store(false, std::memory_order_release); }
+    std::atomic<bool>& busy;
+  } guard(state.busy);
+  if (!state.defect.empty()) [[unlikely]] {
+    throw Poisoned("this manager met a defect of pagedkv and refuses further use: " + state.defect);
+  }
+  try {
+    return call(*state.core);
+  } catch (const BrokenInvariant& e) {
+    state.defect = e.what();
+    throw;
+  }
+}
+
+// A handle on the manager's buffers at one step, or (after copy() and pickling) arrays of its own.
+struct StepPlanHandle {
+  std::shared_ptr<ManagerState> state;  // null: a value
+  std::int64_t step = 0;
+  pybind11::tuple arrays;  // of a value
+
+  const StepPlan& plan() const;  // throws InvalidState once stale
+  pybind11::object output(Output output) const;
+};
+
+}  // namespace pagedkv

@@ -1,0 +1,168 @@
+// StepPlan: views of the persistent buffers, and values made of them.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "bindings/module.h"
+#include "bindings/state.h"
+
+namespace py = pybind11;
+
+namespace pagedkv {
+
+namespace {
+
+template <class T, class Memory>
+py::array strided(const Memory* data, std::int64_t rows, std::int64_t columns, std::int64_t stride,
+                  py::handle owner) {
+  constexpr auto size = static_cast<py::ssize_t>(sizeof(T));
+  const auto* values = reinterpret_cast<const T*>(data);
+  if (columns < 0) return py::array_t<T>({rows}, {size}, values, owner);
+  return py::array_t<T>({rows, columns}, {stride * size, size}, values, owner);
+}
+
+}  // namespace
+
+const py::object& ManagerState::view(Output output) {
+  const StepPlan& plan = core->plan();
+  std::int64_t rows = 0;
+  std::int64_t columns = -1;
+  switch (output) {
+    case Output::input_ids:
+    case Output::slots:
+    case Output::positions: rows = plan.num_tokens; break;
+    case Output::query_starts: rows = plan.batch_size + 1; break;
+    case Output::seq_lens: rows = plan.batch_size; break;
+    case Output::block_tables: rows = plan.batch_size, columns = plan.table_width; break;
+    case Output::copies: rows = static_cast<std::int64_t>(plan.copies.size()), columns = 3; break;
+    case Output::table_updates:
+      rows = static_cast<std::int64_t>(plan.table_updates.size()), columns = 3;
+      break;
+    case Output::wait_for: rows = static_cast<std::int64_t>(plan.wait_for.size()); break;
+  }
+  View& view = views_[static_cast<std::size_t>(output)];
+  if (!view.array || view.shape[0] != rows || view.shape[1] != columns) {
+    view.array = make(output, rows, columns);
+    view.shape = {rows, columns};
+  }
+  return view.array;
+}
+
+py::object ManagerState::make(Output output, std::int64_t rows, std::int64_t columns) const {
+  const StepPlan& plan = core->plan();
+  const py::capsule owner(new std::shared_ptr<BlockManager>(core), [](void* p) {
+    delete static_cast<std::shared_ptr<BlockManager>*>(p);
+  });
+  using i32 = std::int32_t;
+  using i64 = std::int64_t;
+  switch (output) {
+    case Output::input_ids: return strided<i64>(plan.input_ids, rows, -1, 1, owner);
+    case Output::slots: return strided<i64>(plan.slots, rows, -1, 1, owner);
+    case Output::positions: return strided<i64>(plan.positions, rows, -1, 1, owner);
+    case Output::query_starts: return strided<i32>(plan.query_starts, rows, -1, 1, owner);
+    case Output::seq_lens: return strided<i32>(plan.seq_lens, rows, -1, 1, owner);
+    case Output::block_tables:
+      return strided<i32>(plan.block_tables, rows, columns, plan.table_stride, owner);
+    case Output::copies: return strided<i32>(plan.copies.data(), rows, columns, 3, owner);
+    case Output::table_updates:
+      return strided<i32>(plan.table_updates.data(), rows, columns, 3, owner);
+    case Output::wait_for: return strided<i64>(plan.wait_for.data(), rows, -1, 1, owner);
+  }
+  return py::none();
+}
+
+const StepPlan& StepPlanHandle::plan() const {
+  const StepPlan& plan = state->core->plan();
+  if (plan.step != step) {
+    throw InvalidState("this plan is of step " + std::to_string(step) + " and its buffers now hold step " +
+                       std::to_string(plan.step) + ": read a plan before the next append, or copy() it");
+  }
+  return plan;
+}
+
+py::object StepPlanHandle::output(Output output) const {
+  if (!state) return arrays[static_cast<std::size_t>(output)];
+  if (!plan().has_tokens && output == Output::input_ids) return py::none();
+  return state->view(output);
+}
+
+namespace {
+
+StepPlanHandle value_of(const StepPlanHandle& handle) {
+  py::tuple arrays(kNumOutputs);
+  for (int i = 0; i < kNumOutputs; ++i) {
+    const py::object array = handle.output(static_cast<Output>(i));
+    arrays[static_cast<std::size_t>(i)] = array.is_none() ? array : array.attr("copy")();
+  }
+  return {nullptr, handle.step, arrays};
+}
+
+std::int64_t rows(const StepPlanHandle& handle, Output output) {
+  return py::len(handle.output(output));
+}
+
+bool equal(const StepPlanHandle& a, const StepPlanHandle& b) {
+  if (a.step != b.step) return false;
+  const py::object array_equal = py::module_::import("numpy").attr("array_equal");
+  for (int i = 0; i < kNumOutputs; ++i) {
+    const py::object x = a.output(static_cast<Output>(i));
+    const py::object y = b.output(static_cast<Output>(i));
+    if (x.is_none() != y.is_none()) return false;
+    if (!x.is_none() && !array_equal(x, y).cast<bool>()) return false;
+  }
+  return true;
+}
+
+std::string repr(const StepPlanHandle& handle) {
+  if (handle.state && handle.state->core->plan().step != handle.step) {
+    return "<StepPlan step=" + std::to_string(handle.step) + " stale>";
+  }
+  return "<StepPlan step=" + std::to_string(handle.step) +
+         " batch_size=" + std::to_string(rows(handle, Output::seq_lens)) +
+         " num_tokens=" + std::to_string(rows(handle, Output::slots)) +
+         " num_copies=" + std::to_string(rows(handle, Output::copies)) + ">";
+}
+
+}  // namespace
+
+void bind_step_plan(py::module_& m) {
+  py::class_<StepPlanHandle> cls(
+      m, "StepPlan", py::is_final(),
+      "Views of the manager's persistent buffers, valid until the next append; copy() keeps them.");
+  cls.def_property_readonly("step", [](const StepPlanHandle& h) { return h.step; });
+  cls.def_property_readonly("batch_size", [](const StepPlanHandle& h) {
+    return h.state ? h.plan().batch_size : rows(h, Output::seq_lens);
+  });
+  cls.def_property_readonly("num_tokens", [](const StepPlanHandle& h) {
+    return h.state ? h.plan().num_tokens : rows(h, Output::slots);
+  });
+  cls.def_property_readonly("num_copies", [](const StepPlanHandle& h) {
+    return h.state ? static_cast<std::int64_t>(h.plan().copies.size()) : rows(h, Output::copies);
+  });
+  for (int i = 0; i < kNumOutputs; ++i) {
+    const auto output = static_cast<Output>(i);
+    cls.def_property_readonly(kOutputNames[i],
+                              [output](const StepPlanHandle& h) { return h.output(output); });
+  }
+  cls.def("copy", &value_of, "The same plan as a value that stays.");
+  cls.def("__eq__", [](const StepPlanHandle& a, const py::object& b) -> py::object {
+    if (!py::isinstance<StepPlanHandle>(b)) {
+      return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+    }
+    return py::bool_(equal(a, b.cast<const StepPlanHandle&>()));
+  });
+  cls.attr("__hash__") = py::none();
+  cls.def("__repr__", &repr);
+  cls.def(py::pickle(
+      [](const StepPlanHandle& h) {
+        const StepPlanHandle value = h.state ? value_of(h) : h;
+        return py::make_tuple(value.step, value.arrays);
+      },
+      [](const py::tuple& t) {
+        if (t.size() != 2 || py::len(t[1]) != static_cast<std::size_t>(kNumOutputs)) {
+          throw InvalidSpec("not the pickle of a StepPlan of this version");
+        }
+        return StepPlanHandle{nullptr, t[0].cast<std::int64_t>(), t[1].cast<py::tuple>()};
+      }));
+}
+
+}  // namespace pagedkv

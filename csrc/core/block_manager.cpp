@@ -1,0 +1,454 @@
+#include "core/block_manager.h"
+
+#include <algorithm>
+#include <string>
+#include <unordered_map>
+
+#include "core/check.h"
+#include "core/error.h"
+
+namespace pagedkv {
+
+namespace {
+
+void check_range(const char* name, std::int64_t value, std::int64_t least, std::int64_t most) {
+  if (value >= least && value <= most) return;
+  throw InvalidSpec(std::string(name) + " is " + std::to_string(value) + ", expected " +
+                    std::to_string(least) + " to " + std::to_string(most));
+}
+
+constexpr std::int64_t kMaxBlocks = (std::int64_t{1} << 30) - 1;
+constexpr std::int64_t kMaxLength = (std::int64_t{1} << 31) - 1 - kMaxBlockSize;
+
+}  // namespace
+
+void Config::validate() const {
+  check_range("num_device_blocks", num_device_blocks, 1, kMaxBlocks);
+  check_range("num_host_blocks", num_host_blocks, 0, kMaxBlocks);
+  check_range("block_size", block_size, 1, kMaxBlockSize);
+  check_range("max_batch", max_batch, 1, kMaxBatch);
+  check_range("watermark", watermark, 0, num_device_blocks - 1);
+  if (max_model_len) check_range("max_model_len", *max_model_len, 1, kMaxLength);
+}
+
+double BlockManager::metadata_bytes(const Config& config) {
+  const double blocks = static_cast<double>(config.num_device_blocks + config.num_host_blocks);
+  const double per_block = sizeof(Node) + 4.0 * static_cast<double>(config.block_size) + 48.0;
+  return blocks * per_block;
+}
+
+BlockManager::BlockManager(const Config& config)
+    : config_((config.validate(), config)),
+      block_size_(static_cast<std::int32_t>(config.block_size)),
+      reciprocal_(block_size_ == 1 ? 0 : ~std::uint64_t{0} / static_cast<std::uint64_t>(block_size_) + 1),
+      tree_(static_cast<std::int32_t>(config.num_device_blocks),
+            static_cast<std::int32_t>(config.num_host_blocks), block_size_, config.seed),
+      buffers_(static_cast<std::size_t>(config.max_batch),
+               static_cast<std::size_t>(config.num_device_blocks * config.block_size),
+               static_cast<std::size_t>(
+                   num_blocks(static_cast<std::int32_t>(std::min(config.model_len(), kMaxLength))))) {
+  config_.max_model_len = std::min(config.model_len(), kMaxLength);
+  plan_.table_stride = num_blocks(static_cast<std::int32_t>(*config_.max_model_len));
+  entries_.reserve(static_cast<std::size_t>(config.max_batch));
+  filled_.reserve(static_cast<std::size_t>(config.max_batch));
+}
+
+// ---------------------------------------------------------------------------------- checking
+
+void BlockManager::require_no_open_step() const {
+  if (!open_) return;
+  throw InvalidState("step " + std::to_string(plan_.step) +
+                     " is open: commit() or roll it back first");
+}
+
+void BlockManager::check_sizes(std::size_t ids, std::size_t others, const char* name) const {
+  if (ids == others) return;
+  throw InvalidSpec(std::string(name) + " has " + std::to_string(others) + " entries, expected " +
+                    std::to_string(ids) + ", one for each of ids");
+}
+
+void BlockManager::begin_batch(std::size_t size) {
+  if (++mark_ == 0) mark_ = 1;
+  if (size > static_cast<std::size_t>(kMaxBatch) * 16) {
+    throw InvalidSpec("ids has " + std::to_string(size) + " entries, expected at most " +
+                      std::to_string(kMaxBatch * 16));
+  }
+}
+
+void BlockManager::repeated(SequenceId id, std::size_t i) {
+  throw InvalidSpec("ids[" + std::to_string(i) + "] repeats the sequence " +
+                    std::to_string(static_cast<std::int64_t>(id)) +
+                    ": each may appear once in a call");
+}
+
+// ----------------------------------------------------------------------------------- creation
+
+SequenceId BlockManager::create_anonymous() {
+  require_no_open_step();
+  const std::uint32_t slot = sequences_.open();
+  tree_.ref(tree_.anonymous_root(), Tier::device);
+  sequences_[slot].tip = tree_.anonymous_root();
+  return sequences_.id(slot);
+}
+
+SequenceId BlockManager::create(std::span<const Token> tokens, std::string_view salt) {
+  require_no_open_step();
+  if (tokens.size() > static_cast<std::size_t>(*config_.max_model_len)) {
+    throw InvalidSpec("tokens has " + std::to_string(tokens.size()) +
+                      " entries, expected at most max_model_len = " +
+                      std::to_string(*config_.max_model_len));
+  }
+  sequences_.reserve(1);
+  const NodeId root = tree_.open_root(salt);
+  const std::uint32_t slot = sequences_.open();
+  Sequence& sequence = sequences_[slot];
+  sequence.tip = root;
+  try {
+    SequenceTable::grow_row(sequence, num_blocks(static_cast<std::int32_t>(tokens.size())));
+  } catch (...) {
+    sequences_.close(slot);
+    tree_.drop_if_unused(root);
+    throw;
+  }
+  // The last token is left to compute, so that there are logits.
+  const auto most = static_cast<std::int32_t>(tokens.size()) - 1;
+  std::int32_t length = 0;
+  NodeId node = root;
+  while (length + block_size_ <= most) {
+    const NodeId child = tree_.find_child(node, tokens.data() + length);
+    if (child == NodeId::none) break;
+    node = child;
+    length += block_size_;
+    sequence.row[static_cast<std::size_t>(sequence.row_valid++)] =
+        tree_.node(node).block[index(Tier::device)];
+  }
+  if (length < most) {
+    const auto [child, run] = tree_.find_partial(
+        node, tokens.subspan(static_cast<std::size_t>(length),
+                             static_cast<std::size_t>(most - length)));
+    if (child != NodeId::none) {
+      node = child;
+      length += run;
+      sequence.row[static_cast<std::size_t>(sequence.row_valid++)] =
+          tree_.node(node).block[index(Tier::device)];
+    }
+  }
+  tree_.ref(node, Tier::device);
+  sequence.tip = node;
+  sequence.length = sequence.known = sequence.cached = length;
+  num_logical_ += num_blocks(length);
+  totals_.num_hit_tokens += length;
+  return sequences_.id(slot);
+}
+
+PrefixHit BlockManager::lookup(std::span<const Token> tokens, std::string_view salt) const {
+  PrefixHit hit;
+  NodeId node = tree_.find_root(salt);
+  if (node == NodeId::none || tokens.empty()) return hit;
+  std::span<const Token> rest = tokens.first(tokens.size() - 1);
+  while (rest.size() >= static_cast<std::size_t>(block_size_)) {
+    const NodeId child = tree_.find_child(node, rest.data());
+    if (child == NodeId::none) break;
+    node = child;
+    ++hit.num_full_blocks;
+    rest = rest.subspan(static_cast<std::size_t>(block_size_));
+  }
+  hit.num_partial_tokens = tree_.find_partial(node, rest).second;
+  hit.num_tokens =
+      static_cast<std::int64_t>(hit.num_full_blocks) * block_size_ + hit.num_partial_tokens;
+  return hit;
+}
+
+void BlockManager::fork(SequenceId id, std::span<SequenceId> ids) {
+  require_no_open_step();
+  check_range("n", static_cast<std::int64_t>(ids.size()), 1, kMaxBatch);
+  const std::uint32_t source_slot = sequences_.slot(id);
+  sequences_.reserve(ids.size() - 1);  // from here on no reference into the table moves
+  Sequence& source = sequences_[source_slot];
+  fill_row(source);
+  ids[0] = id;
+  for (std::size_t i = 1; i < ids.size(); ++i) {
+    const std::uint32_t slot = sequences_.open();
+    Sequence& child = sequences_[slot];
+    child.tip = source.tip;
+    try {
+      SequenceTable::grow_row(child, source.row_capacity);
+    } catch (...) {
+      sequences_.close(slot);
+      release(ids.subspan(1, i - 1));
+      throw;
+    }
+    std::copy_n(source.row.get(), source.row_valid, child.row.get());
+    child.row_valid = source.row_valid;
+    child.length = source.length;
+    child.known = source.known;
+    child.cached = source.cached;
+    child.admitted = source.admitted;
+    tree_.ref(child.tip, child.tier);
+    num_logical_ += num_blocks(child.length);
+    ids[i] = sequences_.id(slot);
+  }
+}
+
+// ------------------------------------------------------------------- giving up parts of paths
+
+NodeId BlockManager::ancestor(NodeId node, std::int32_t steps) const {
+  for (; steps > 0; --steps) node = tree_.node(node).parent;
+  return node;
+}
+
+std::int32_t BlockManager::num_common_blocks(const Sequence& a, const Sequence& b) const {
+  const std::int32_t num_a = num_blocks(a.length);
+  const std::int32_t num_b = num_blocks(b.length);
+  std::int32_t common = std::min(num_a, num_b);
+  NodeId node_a = ancestor(a.tip, num_a - common);
+  NodeId node_b = ancestor(b.tip, num_b - common);
+  for (; common > 0 && node_a != node_b; --common) {
+    node_a = tree_.node(node_a).parent;
+    node_b = tree_.node(node_b).parent;
+  }
+  return common;
+}
+
+void BlockManager::reorder(std::span<const SequenceId> ids, std::span<const std::int64_t> parents) {
+  require_no_open_step();
+  check_sizes(ids.size(), parents.size(), "parents");
+  begin_batch(ids.size());
+  slots_.clear();
+  moves_.clear();
+  for (std::size_t i = 0; i < ids.size(); ++i) slots_.push_back(enter(ids[i], i));
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    const std::int64_t p = parents[i];
+    if (p < 0 || p >= static_cast<std::int64_t>(ids.size())) {
+      throw InvalidSpec("parents[" + std::to_string(i) + "] is " + std::to_string(p) +
+                        ", expected a position in ids, 0 to " + std::to_string(ids.size() - 1));
+    }
+    if (p == static_cast<std::int64_t>(i)) continue;
+    const Sequence& from = sequences_[slots_[static_cast<std::size_t>(p)]];
+    moves_.push_back({slots_[i], num_common_blocks(sequences_[slots_[i]], from), from.tip,
+                      from.length, from.known, from.cached, from.admitted});
+  }
+  for (const Move& move : moves_) SequenceTable::grow_row(sequences_[move.slot], num_blocks(move.length));
+  // Take every new reference before dropping any: one parent may feed all rows.
+  for (const Move& move : moves_) tree_.ref(move.tip, Tier::device);
+  for (const Move& move : moves_) {
+    Sequence& sequence = sequences_[move.slot];
+    tree_.unref(sequence.tip, sequence.tier, Leave::cold);
+    num_logical_ += num_blocks(move.length) - num_blocks(sequence.length);
+    sequence.tip = move.tip;
+    sequence.length = move.length;
+    sequence.known = move.known;
+    sequence.cached = move.cached;
+    sequence.admitted = move.admitted;
+    sequence.lower_row(move.common);
+  }
+}
+
+void BlockManager::truncate(std::span<const SequenceId> ids, std::span<const std::int64_t> lengths) {
+  require_no_open_step();
+  check_sizes(ids.size(), lengths.size(), "lengths");
+  begin_batch(ids.size());
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    const Sequence& sequence = sequences_[enter(ids[i], i)];
+    if (lengths[i] < 0 || lengths[i] > sequence.length) {
+      throw InvalidSpec("lengths[" + std::to_string(i) + "] is " + std::to_string(lengths[i]) +
+                        ", expected 0 to the sequence's length, " +
+                        std::to_string(sequence.length));
+    }
+  }
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    Sequence& sequence = sequences_[sequences_.slot(ids[i])];
+    const auto length = static_cast<std::int32_t>(lengths[i]);
+    const std::int32_t dropped = num_blocks(sequence.length) - num_blocks(length);
+    if (dropped > 0) {
+      const NodeId tip = ancestor(sequence.tip, dropped);
+      tree_.ref(tip, sequence.tier);
+      tree_.unref(sequence.tip, sequence.tier, Leave::cold);
+      sequence.tip = tip;
+      sequence.lower_row(num_blocks(length));
+      num_logical_ -= dropped;
+    }
+    sequence.length = length;
+    sequence.known = std::min(sequence.known, length);
+    sequence.cached = std::min(sequence.cached, length);
+  }
+}
+
+void BlockManager::release(std::span<const SequenceId> ids) {
+  require_no_open_step();
+  begin_batch(ids.size());
+  for (std::size_t i = 0; i < ids.size(); ++i) enter(ids[i], i);
+  for (const SequenceId id : ids) {
+    const std::uint32_t slot = sequences_.slot(id);
+    Sequence& sequence = sequences_[slot];
+    tree_.unref(sequence.tip, sequence.tier, Leave::hot);
+    num_logical_ -= num_blocks(sequence.length);
+    sequences_.close(slot);
+  }
+}
+
+void BlockManager::clear(std::optional<std::string_view> salt) {
+  require_no_open_step();
+  salt ? tree_.clear(*salt) : tree_.clear_all();
+}
+
+// --------------------------------------------------------------------------------- tokens later
+
+void BlockManager::record(std::span<const SequenceId> ids, std::span<const Token> tokens,
+                          std::span<const std::int64_t> counts) {
+  require_no_open_step();
+  if (!counts.empty()) check_sizes(ids.size(), counts.size(), "counts");
+  begin_batch(ids.size());
+  std::int64_t total = 0;
+  std::size_t num_nodes_total = 0;
+  std::int32_t longest = 0;
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    const Sequence& sequence = sequences_[enter(ids[i], i)];
+    const std::int64_t count = counts.empty() ? 1 : counts[i];
+    const std::int64_t unknown = sequence.length - sequence.known;
+    if (count < 1 || count > unknown) {
+      throw InvalidSpec("counts[" + std::to_string(i) + "] is " + std::to_string(count) +
+                        ", expected 1 to the sequence's tokens without an id, " +
+                        std::to_string(unknown));
+    }
+    total += count;
+    const std::int32_t below = num_blocks(sequence.length) - blocks_below(sequence.known);
+    num_nodes_total += static_cast<std::size_t>(below);
+    longest = std::max(longest, below);
+  }
+  if (total != static_cast<std::int64_t>(tokens.size())) {
+    throw InvalidSpec("tokens has " + std::to_string(tokens.size()) + " entries, expected " +
+                      std::to_string(total) + ", the sum of counts");
+  }
+  // Write all tokens, or on a contradiction between sharers none; then publish.
+  struct Undo {
+    NodeId node;
+    std::uint16_t known;
+  };
+  std::vector<Undo> undo;
+  undo.reserve(num_nodes_total);
+  chain_.reserve(static_cast<std::size_t>(longest));
+  std::size_t at = 0;
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    Sequence& sequence = sequences_[sequences_.slot(ids[i])];
+    const auto count = static_cast<std::int32_t>(counts.empty() ? 1 : counts[i]);
+    const std::int32_t last = blocks_below(sequence.known + count - 1);
+    const std::int32_t num_nodes = last - blocks_below(sequence.known) + 1;
+    chain_.resize(static_cast<std::size_t>(num_nodes));
+    NodeId node = ancestor(sequence.tip, num_blocks(sequence.length) - 1 - last);
+    for (std::int32_t k = num_nodes; k-- > 0; node = tree_.node(node).parent) {
+      chain_[static_cast<std::size_t>(k)] = node;
+    }
+    std::int32_t position = sequence.known;
+    for (const NodeId id : chain_) {
+      undo.push_back({id, tree_.node(id).known});
+      for (std::int32_t o = offset(position); o < block_size_ && position < sequence.known + count;
+           ++o, ++position, ++at) {
+        if (o < tree_.node(id).known) {
+          if (tree_.tokens(id)[o] == tokens[at]) continue;
+          for (; !undo.empty(); undo.pop_back()) {
+            tree_.set_fill(undo.back().node, tree_.node(undo.back().node).fill, undo.back().known);
+          }
+          throw InvalidSpec("tokens[" + std::to_string(at) + "] is " + std::to_string(tokens[at]) +
+                            ", but a sequence that shares this block recorded " +
+                            std::to_string(tree_.tokens(id)[o]));
+        }
+        tree_.tokens(id)[o] = tokens[at];
+        tree_.set_fill(id, tree_.node(id).fill, o + 1);
+      }
+    }
+  }
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    Sequence& sequence = sequences_[sequences_.slot(ids[i])];
+    const std::int32_t first_block = blocks_below(sequence.known);
+    sequence.known += static_cast<std::int32_t>(counts.empty() ? 1 : counts[i]);
+    publish_chain(sequence, first_block);
+  }
+}
+
+// The nodes of the path from `first_block` on that have become complete are published; one that has
+// an equal published sibling gives way to it. Needs each of these to have one holder: a node with
+// more stays private, and so does all below it.
+void BlockManager::publish_chain(Sequence& sequence, std::int32_t first_block) {
+  const std::int32_t size = num_blocks(sequence.length) - first_block;
+  chain_.resize(static_cast<std::size_t>(size));
+  NodeId node = sequence.tip;
+  for (std::int32_t k = size; k-- > 0; node = tree_.node(node).parent) {
+    chain_[static_cast<std::size_t>(k)] = node;
+  }
+  for (std::int32_t k = 0; k < size; ++k) {
+    const NodeId id = chain_[static_cast<std::size_t>(k)];
+    if (tree_.node(id).published) continue;
+    if (!tree_.may_publish(id) || tree_.num_holders(id) != 1) return;
+    const NodeId equal = tree_.find_equal(id);
+    if (equal == NodeId::none) {
+      tree_.publish(id);
+      continue;
+    }
+    tree_.ref(equal, sequence.tier);
+    if (k + 1 < size) {
+      tree_.adopt(chain_[static_cast<std::size_t>(k + 1)], equal);
+    } else {
+      sequence.tip = equal;
+    }
+    tree_.remove(id, sequence.tier);
+    sequence.lower_row(first_block + k);
+    ++totals_.num_merged_blocks;
+  }
+}
+
+// --------------------------------------------------------------------------------- questions
+
+void BlockManager::fill_row(Sequence& sequence) const {
+  const std::int32_t size = num_blocks(sequence.length);
+  NodeId node = sequence.tip;
+  for (std::int32_t i = size; i-- > sequence.row_valid; node = tree_.node(node).parent) {
+    sequence.row[static_cast<std::size_t>(i)] = tree_.node(node).block[index(sequence.tier)];
+  }
+  sequence.row_valid = size;
+}
+
+std::int32_t BlockManager::num_table_blocks(SequenceId id) const {
+  return num_blocks(sequences_[sequences_.slot(id)].length);
+}
+
+void BlockManager::block_table(SequenceId id, std::span<BlockId> table) const {
+  const Sequence& sequence = sequences_[sequences_.slot(id)];
+  NodeId node = sequence.tip;
+  for (std::size_t i = table.size(); i-- > 0; node = tree_.node(node).parent) {
+    table[i] = tree_.node(node).block[index(sequence.tier)];
+  }
+}
+
+std::int64_t BlockManager::num_freed(std::span<const SequenceId> ids) {
+  begin_batch(ids.size());
+  std::int64_t freed = 0;
+  std::unordered_map<NodeId, std::int32_t> leaving;
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    const Sequence& sequence = sequences_[enter(ids[i], i)];
+    for (NodeId node = sequence.tip; !tree_.is_root(node); node = tree_.node(node).parent) {
+      if (++leaving[node] < tree_.node(node).count[index(sequence.tier)]) break;
+      ++freed;
+    }
+  }
+  return freed;
+}
+
+Stats BlockManager::stats() const {
+  Stats stats = totals_;
+  const auto tier_stats = [this](Tier tier) {
+    const BlockPool& pool = tree_.pool(tier);
+    TierStats s{pool.num_blocks(), pool.num_free(), 0, tree_.num_cached(tier)};
+    s.num_active = s.num_blocks - s.num_free - s.num_cached;
+    return s;
+  };
+  stats.device = tier_stats(Tier::device);
+  stats.host = tier_stats(Tier::host);
+  stats.num_sequences = static_cast<std::int64_t>(sequences_.size());
+  stats.num_logical_blocks = num_logical_;
+  stats.num_evicted_blocks = tree_.num_evicted();
+  stats.metadata_bytes = static_cast<std::int64_t>(tree_.bytes() + sequences_.bytes());
+  return stats;
+}
+
+}  // namespace pagedkv

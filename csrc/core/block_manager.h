@@ -1,0 +1,179 @@
+// The front door of core: commands in, plans out. The same commands always give the same plans.
+//
+// Every command checks all it needs before it changes anything, so that an Error leaves the state
+// as it was. One step may be open at a time; while it is, only const calls, commit() and rollback()
+// are allowed.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "core/block_tree.h"
+#include "core/plan.h"
+#include "core/sequence.h"
+#include "core/step_buffers.h"
+#include "core/types.h"
+
+namespace pagedkv {
+
+struct Config {
+  std::int64_t num_device_blocks = 0;
+  std::int64_t num_host_blocks = 0;
+  std::int64_t block_size = 16;
+  std::int64_t max_batch = 256;
+  std::optional<std::int64_t> max_model_len;  // default: what the device tier holds
+  std::int64_t watermark = 0;                 // blocks that a sequence's first append must leave
+  std::uint64_t seed = 0;                     // of the hashes; decides no result
+
+  void validate() const;  // throws InvalidSpec naming the argument
+  std::int64_t model_len() const { return max_model_len.value_or(num_device_blocks * block_size); }
+};
+
+// The tree at one moment, one entry a node, parents before children.
+struct Snapshot {
+  std::vector<std::int32_t> parents;  // position in these vectors; -1: a root
+  std::vector<std::int32_t> blocks;
+  std::vector<std::int32_t> num_tokens;
+  std::vector<std::int32_t> counts;
+  std::vector<std::uint8_t> published;
+  std::vector<std::int64_t> sequence_ids;
+  std::vector<std::int32_t> sequence_nodes;  // -1: empty
+  std::vector<std::int64_t> sequence_lengths;
+};
+
+class BlockManager {
+ public:
+  explicit BlockManager(const Config& config);
+
+  const Config& config() const { return config_; }
+  // What the tables of such a manager take, without building one.
+  static double metadata_bytes(const Config& config);
+
+  // --- sequences. `salt` chooses the root; without tokens the sequence is anonymous.
+  SequenceId create(std::span<const Token> tokens, std::string_view salt);
+  SequenceId create_anonymous();
+  std::int64_t num_cached(SequenceId id) const { return sequences_[sequences_.slot(id)].cached; }
+  std::int64_t length(SequenceId id) const { return sequences_[sequences_.slot(id)].length; }
+  PrefixHit lookup(std::span<const Token> tokens, std::string_view salt) const;
+  void fork(SequenceId id, std::span<SequenceId> ids);  // ids[0] becomes `id`
+  void reorder(std::span<const SequenceId> ids, std::span<const std::int64_t> parents);
+  void truncate(std::span<const SequenceId> ids, std::span<const std::int64_t> lengths);
+  void release(std::span<const SequenceId> ids);
+  void clear(std::optional<std::string_view> salt);
+
+  // --- steps. Empty `counts`: one token each. Empty `tokens`: not known yet.
+  const StepPlan& append(std::span<const SequenceId> ids, std::span<const Token> tokens,
+                         bool has_tokens, std::span<const std::int64_t> counts);
+  void commit(std::int64_t step, std::span<const std::int64_t> lengths, bool has_lengths);
+  void rollback(std::int64_t step);
+  const StepPlan& plan() const { return plan_; }
+  void record(std::span<const SequenceId> ids, std::span<const Token> tokens,
+              std::span<const std::int64_t> counts);
+
+  // --- questions
+  std::int64_t num_needed(std::span<const SequenceId> ids, std::span<const std::int64_t> counts);
+  std::int64_t num_freed(std::span<const SequenceId> ids);
+  std::int32_t num_table_blocks(SequenceId id) const;
+  void block_table(SequenceId id, std::span<BlockId> table) const;
+  Stats stats() const;
+  Snapshot snapshot() const;
+  void verify() const;
+
+ private:
+  // How a sequence writes its next token.
+  enum class Write : std::uint8_t {
+    extend,     // into a new block: its last one is full, or there is none
+    in_place,   // into its last block, which nobody else needs from there on
+    copy,       // into a copy of it
+    take_over,  // in place, into a published block that loses its publication
+  };
+  // One row of a batch: what append() decided, and what rollback() restores.
+  struct Entry {
+    std::uint32_t slot;
+    NodeId tip;
+    std::int32_t length;
+    std::int32_t known;
+    std::int32_t count;
+    std::int32_t block_at;  // length == block_at * block_size + offset
+    std::uint16_t offset;
+    Write write;
+    bool admits;
+  };
+
+  // What a row becomes in reorder(), read before any row changes.
+  struct Move {
+    std::uint32_t slot;
+    std::int32_t common;  // leading blocks that stay
+    NodeId tip;
+    std::int32_t length;
+    std::int32_t known;
+    std::int32_t cached;
+    bool admitted;
+  };
+
+  // n / block_size by one multiplication, for 0 <= n < 2^32.
+  std::int32_t blocks_below(std::int32_t n) const {
+    if (reciprocal_ == 0) return n;
+    return static_cast<std::int32_t>(
+        (static_cast<unsigned __int128>(reciprocal_) * static_cast<std::uint64_t>(n)) >> 64);
+  }
+  std::int32_t num_blocks(std::int32_t length) const {
+    return blocks_below(length + block_size_ - 1);
+  }
+  std::int32_t offset(std::int32_t length) const {
+    return length - blocks_below(length) * block_size_;
+  }
+
+  void require_no_open_step() const;
+  void require_open(std::int64_t step) const;
+  void begin_batch(std::size_t size);  // a new mark; checks the size
+  [[noreturn]] static void repeated(SequenceId id, std::size_t i);
+  std::uint32_t enter(SequenceId id, std::size_t i) {  // ids[i] is live and new to this batch
+    const std::uint32_t slot = sequences_.slot(id);
+    if (sequences_[slot].mark == mark_) [[unlikely]] repeated(id, i);
+    sequences_[slot].mark = mark_;
+    return slot;
+  }
+  void check_sizes(std::size_t ids, std::size_t others, const char* name) const;
+  NodeId ancestor(NodeId node, std::int32_t steps) const;
+  std::int32_t num_common_blocks(const Sequence& a, const Sequence& b) const;
+  void fill_row(Sequence& sequence) const;
+  void publish_chain(Sequence& sequence, std::int32_t first_block);
+
+  std::int64_t decide(std::span<const SequenceId> ids, std::span<const std::int64_t> counts,
+                      std::vector<Entry>& entries);
+  void check_count(std::size_t i, std::int64_t count, std::int32_t length) const;
+  void undecide(std::vector<Entry>& entries);
+  std::int64_t take_over(std::vector<Entry>& entries, std::int64_t excess);
+  void write(const Entry& entry, const Token* tokens, std::int64_t at);
+  void send_row(std::int32_t row, SequenceId id, Sequence& sequence);
+  void keep(const Entry& entry, std::int32_t length);
+  void close_step();
+
+  void verify_sequences(std::vector<std::int32_t>& ends) const;
+
+  Config config_;
+  std::int32_t block_size_;
+  std::uint64_t reciprocal_;
+  BlockTree tree_;
+  SequenceTable sequences_;
+  std::uint32_t mark_ = 0;
+
+  StepBuffers buffers_;
+  StepPlan plan_;
+  bool open_ = false;
+  std::vector<Entry> entries_;         // of the open step
+  std::vector<std::int32_t> filled_;   // rows of the open step in which a block became full
+  std::vector<Entry> asked_;           // of num_needed()
+  std::vector<NodeId> chain_;          // of publish_chain()
+  std::vector<std::uint32_t> slots_;   // of reorder()
+  std::vector<Move> moves_;
+
+  std::int64_t num_logical_ = 0;
+  Stats totals_;
+};
+
+}  // namespace pagedkv

@@ -1,0 +1,333 @@
+#include "core/block_tree.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/check.h"
+
+namespace pagedkv {
+
+namespace {
+// How many children a partial lookup compares, and how many chain links it follows to find them.
+constexpr int kMaxPartialCandidates = 16;
+constexpr int kMaxPartialLinks = 64;
+}  // namespace
+
+BlockTree::BlockTree(std::int32_t num_device_blocks, std::int32_t num_host_blocks, int block_size,
+                     std::uint64_t seed)
+    : block_size_(block_size),
+      seed_(seed),
+      pools_{BlockPool(num_device_blocks), BlockPool(num_host_blocks)},
+      by_path_(static_cast<std::size_t>(num_device_blocks) + num_host_blocks),
+      by_first_token_(static_cast<std::size_t>(num_device_blocks) + num_host_blocks) {
+  // Every node but a root has a block in some tier, so only opening a root can run out of nodes.
+  const std::size_t num_nodes = static_cast<std::size_t>(num_device_blocks) + num_host_blocks + 2;
+  grow(num_nodes);
+  KV_CHECK(new_node() == kAnonymousRoot);
+  at(kAnonymousRoot).count[0] = 1;  // it stays
+  num_roots_ = 1;
+}
+
+std::size_t BlockTree::bytes() const {
+  std::size_t sum = nodes_.capacity() * sizeof(Node) + tokens_.capacity() * sizeof(Token) +
+                    by_path_.bytes() + by_first_token_.bytes();
+  for (const auto& pool : pools_) sum += pool.bytes();
+  for (const auto& order : orders_) sum += order.bytes();
+  return sum;
+}
+
+// ------------------------------------------------------------------------------------- nodes
+
+NodeId BlockTree::new_node() {
+  KV_CHECK(free_nodes_ != NodeId::none);
+  const NodeId id = free_nodes_;
+  free_nodes_ = node(id).next_sibling;
+  at(id) = Node{};
+  at(id).live = 1;
+  return id;
+}
+
+void BlockTree::grow(std::size_t num_nodes) {
+  const std::size_t old = nodes_.size();
+  tokens_.resize(num_nodes * std::size_t(block_size_));
+  by_path_.ensure(num_nodes);
+  by_first_token_.ensure(num_nodes);
+  orders_[index(Tier::device)].ensure(num_nodes);
+  if (pool(Tier::host).num_blocks() > 0) orders_[index(Tier::host)].ensure(num_nodes);
+  nodes_.resize(num_nodes);
+  for (std::size_t i = num_nodes; i-- > old;) {
+    nodes_[i].next_sibling = free_nodes_;
+    free_nodes_ = NodeId{static_cast<std::int32_t>(i)};
+  }
+}
+
+void BlockTree::free_node(NodeId id) {
+  Node& n = at(id);
+  KV_CHECK(n.live && !n.published && n.first_child == NodeId::none);
+  for (std::size_t t = 0; t < kNumTiers; ++t) {
+    if (n.block[t] != BlockId::none) pools_[t].give(n.block[t]);
+    n.block[t] = BlockId::none;
+  }
+  n.live = 0;
+  n.next_sibling = free_nodes_;
+  free_nodes_ = id;
+}
+
+NodeId BlockTree::add(NodeId parent, Tier tier) {
+  BlockPool& pool = pools_[index(tier)];
+  if (pool.num_free() == 0) evict_one(tier);
+  const NodeId id = new_node();
+  Node& n = at(id);
+  n.parent = parent;
+  n.block[index(tier)] = pool.take();
+  n.count[index(tier)] = 1;
+  return id;
+}
+
+void BlockTree::remove(NodeId id, Tier tier) {
+  const NodeId parent = node(id).parent;
+  free_node(id);
+  KV_CHECK(node(parent).count[index(tier)] > 1);
+  --at(parent).count[index(tier)];
+}
+
+void BlockTree::complete(NodeId id) {
+  Node& n = at(id);
+  n.hash = child_hash(n.parent, tokens(id));
+  by_path_.prefetch(n.hash);
+}
+
+// ------------------------------------------------------------------------------------- roots
+
+NodeId BlockTree::find_root(std::string_view salt) const {
+  const auto it = roots_.find(salt);
+  return it == roots_.end() ? NodeId::none : it->second;
+}
+
+NodeId BlockTree::open_root(std::string_view salt) {
+  if (const NodeId found = find_root(salt); found != NodeId::none) return found;
+  const auto entry = roots_.emplace(std::string(salt), NodeId::none).first;
+  NodeId root = NodeId::none;
+  try {
+    const std::size_t num_blocks = static_cast<std::size_t>(pools_[0].num_blocks()) +
+                                   static_cast<std::size_t>(pools_[1].num_blocks());
+    if (num_blocks + num_roots_ == nodes_.size()) grow(nodes_.size() + nodes_.size() / 8 + 16);
+    root = free_nodes_;
+    salts_.emplace(root, entry->first);
+  } catch (...) {
+    roots_.erase(entry);
+    throw;
+  }
+  new_node();
+  ++num_roots_;
+  std::uint64_t hash = seed_;
+  for (const char c : salt) hash = mix(hash, static_cast<unsigned char>(c));
+  at(root).hash = mix(hash, salt.size());
+  at(root).published = 1;
+  entry->second = root;
+  return root;
+}
+
+void BlockTree::drop_if_unused(NodeId root) {
+  const Node& n = node(root);
+  if (n.count[0] + n.count[1] > 0 || n.first_child != NodeId::none) return;
+  if (n.published) {
+    const auto salt = salts_.find(root);
+    roots_.erase(salt->second);
+    salts_.erase(salt);
+    at(root).published = 0;
+  }
+  free_node(root);
+  --num_roots_;
+}
+
+// ------------------------------------------------------------------------------------ lookup
+
+std::uint64_t BlockTree::child_hash(NodeId parent, const Token* tokens) const {
+  std::uint64_t hash = node(parent).hash;
+  int i = 0;
+  for (; i + 1 < block_size_; i += 2) {
+    std::uint64_t word;
+    std::memcpy(&word, tokens + i, sizeof word);
+    hash = mix(hash, word);
+  }
+  return i < block_size_ ? mix(hash, static_cast<std::uint64_t>(tokens[i])) : hash;
+}
+
+std::uint64_t BlockTree::first_token_hash(NodeId parent, Token token) const {
+  return mix(~node(parent).hash, static_cast<std::uint64_t>(token));
+}
+
+NodeId BlockTree::find(NodeId parent, const Token* tokens, std::uint64_t hash) const {
+  const std::size_t bytes = std::size_t(block_size_) * sizeof(Token);
+  for (NodeId id = by_path_.first(hash); id != NodeId::none; id = by_path_.next(id)) {
+    const Node& n = node(id);
+    if (n.hash == hash && n.parent == parent && !std::memcmp(this->tokens(id), tokens, bytes)) {
+      return id;
+    }
+  }
+  return NodeId::none;
+}
+
+NodeId BlockTree::find_child(NodeId parent, const Token* tokens) const {
+  return find(parent, tokens, child_hash(parent, tokens));
+}
+
+NodeId BlockTree::find_equal(NodeId id) const {
+  return find(node(id).parent, tokens(id), node(id).hash);
+}
+
+std::pair<NodeId, int> BlockTree::find_partial(NodeId parent,
+                                               std::span<const Token> tokens) const {
+  std::pair<NodeId, int> best{NodeId::none, 0};
+  if (tokens.empty()) return best;
+  const std::size_t most = std::min(tokens.size(), std::size_t(block_size_));
+  int candidates = 0;
+  int links = 0;
+  for (NodeId id = by_first_token_.first(first_token_hash(parent, tokens[0]));
+       id != NodeId::none && candidates < kMaxPartialCandidates && links < kMaxPartialLinks;
+       id = by_first_token_.next(id), ++links) {
+    const Token* own = this->tokens(id);
+    if (node(id).parent != parent || own[0] != tokens[0]) continue;
+    ++candidates;
+    const auto run = std::mismatch(own, own + most, tokens.data()).first - own;
+    if (run > best.second) best = {id, static_cast<int>(run)};
+  }
+  return best;
+}
+
+// -------------------------------------------------------------------------------- references
+
+void BlockTree::ref(NodeId id, Tier tier) {
+  const std::size_t t = index(tier);
+  for (;;) {
+    Node& n = at(id);
+    if (n.count[t]++ > 0 || n.parent == NodeId::none) return;
+    orders_[t].remove(id);
+    id = n.parent;
+  }
+}
+
+void BlockTree::unref(NodeId id, Tier tier, Leave leave) {
+  const std::size_t t = index(tier);
+  NodeId behind = NodeId::none;  // the child of `id` that became cached just now
+  for (;;) {
+    Node& n = at(id);
+    KV_CHECK(n.live && n.count[t] > 0);
+    if (--n.count[t] > 0) return;
+    const NodeId parent = n.parent;
+    if (parent == NodeId::none) return drop_if_unused(id);
+    if (!n.published) {
+      free_node(id);
+    } else if (leave == Leave::hot) {
+      orders_[t].push_hot(id);
+    } else if (behind == NodeId::none) {
+      orders_[t].push_cold(id);
+      behind = id;
+    } else {
+      orders_[t].push_behind(id, behind);
+      behind = id;
+    }
+    id = parent;
+  }
+}
+
+void BlockTree::evict_one(Tier tier) {
+  // The coldest leaf goes. A parent that comes up before its children waits right behind one of
+  // them: each such move is paid for by the child that is evicted before the parent's next turn.
+  EvictionOrder& order = orders_[index(tier)];
+  NodeId id = order.coldest();
+  KV_CHECK(order.size() > 0);
+  while (node(id).first_child != NodeId::none) {
+    order.remove(id);
+    order.push_behind(id, node(id).first_child);
+    id = order.coldest();
+  }
+  order.remove(id);
+  const NodeId parent = node(id).parent;
+  unpublish(id);
+  free_node(id);
+  ++num_evicted_;
+  if (is_root(parent)) drop_if_unused(parent);
+}
+
+// ------------------------------------------------------------------------------- publication
+
+void BlockTree::link_child(NodeId id) {
+  Node& n = at(id);
+  Node& parent = at(n.parent);
+  n.prev_sibling = NodeId::none;
+  n.next_sibling = parent.first_child;
+  if (n.next_sibling != NodeId::none) at(n.next_sibling).prev_sibling = id;
+  parent.first_child = id;
+}
+
+void BlockTree::unlink_child(NodeId id) {
+  Node& n = at(id);
+  if (n.prev_sibling != NodeId::none) {
+    at(n.prev_sibling).next_sibling = n.next_sibling;
+  } else {
+    KV_CHECK(node(n.parent).first_child == id);
+    at(n.parent).first_child = n.next_sibling;
+  }
+  if (n.next_sibling != NodeId::none) at(n.next_sibling).prev_sibling = n.prev_sibling;
+}
+
+void BlockTree::publish(NodeId id) {
+  Node& n = at(id);
+  KV_CHECK(!n.published && may_publish(id));
+  n.published = 1;
+  link_child(id);
+  by_path_.insert(id, n.hash);
+  by_first_token_.insert(id, first_token_hash(n.parent, tokens(id)[0]));
+}
+
+void BlockTree::unpublish(NodeId id) {
+  Node& n = at(id);
+  KV_CHECK(n.published && n.first_child == NodeId::none);
+  KV_CHECK(by_path_.erase(id, n.hash));
+  KV_CHECK(by_first_token_.erase(id, first_token_hash(n.parent, tokens(id)[0])));
+  unlink_child(id);
+  n.published = 0;
+}
+
+void BlockTree::unpublish_subtree(NodeId root) {
+  // Bottom up and without a stack: go down to a leaf, take it off, continue from its parent.
+  NodeId id = root;
+  for (;;) {
+    while (node(id).first_child != NodeId::none) id = node(id).first_child;
+    if (id == root) return;
+    const NodeId parent = node(id).parent;
+    unpublish(id);
+    bool cached = false;
+    for (auto& order : orders_) {
+      if (order.size() > 0 && order.contains(id)) {
+        order.remove(id);
+        cached = true;
+      }
+    }
+    if (cached && num_holders(id) == 0) free_node(id);
+    id = parent;
+  }
+}
+
+void BlockTree::clear(std::string_view salt) {
+  const NodeId root = find_root(salt);
+  if (root == NodeId::none) return;
+  unpublish_subtree(root);
+  if (num_holders(root) == 0) return drop_if_unused(root);
+  // Paths that are in use go on under this root, but nothing below it is published again.
+  at(root).published = 0;
+  const auto entry = salts_.find(root);
+  roots_.erase(entry->second);
+  salts_.erase(entry);
+}
+
+void BlockTree::clear_all() {
+  while (!roots_.empty()) {
+    const std::string salt = roots_.begin()->first;
+    clear(salt);
+  }
+}
+
+}  // namespace pagedkv

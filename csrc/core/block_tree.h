@@ -1,0 +1,151 @@
+// The tree of blocks: nodes, who needs them, which of them a lookup finds, and what goes first when
+// blocks run out. types.h says what a node is; DESIGN of the whole is in ARCHITECTURE.md.
+#pragma once
+
+#include <array>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "core/block_pool.h"
+#include "core/eviction_order.h"
+#include "core/prefix_index.h"
+#include "core/types.h"
+
+namespace pagedkv {
+
+// Life of a node:
+//   1. add()        private and counted: one holder, no token yet; its holder writes it
+//   2. publish()    full and known: lookups find it and several paths may run through it
+//   3. unref() to 0 a private node is freed; a published one becomes cached
+//   4. ref() counts a cached node again; evict() takes its block and the node with it
+//
+// A holder of a node is a counted child, or a sequence that ends there. Whoever is counted has
+// counted ancestors, so the cached nodes are whole subtrees, and all their nodes are published.
+struct Node {
+  NodeId parent = NodeId::none;        // none: a root
+  NodeId first_child = NodeId::none;   // published children only, the newest first
+  NodeId next_sibling = NodeId::none;  // in a free node: the next free node
+  NodeId prev_sibling = NodeId::none;
+  std::uint64_t hash = 0;  // of the path's tokens up to here; valid once the node is complete
+  std::array<std::int32_t, kNumTiers> count{};  // holders, per tier
+  std::array<BlockId, kNumTiers> block{};
+  std::uint16_t fill = 0;     // tokens written
+  std::uint16_t known = 0;    // leading tokens whose ids are known, at most fill
+  std::uint16_t leaving = 0;  // holders whose copy-on-write is queued: they leave at commit
+  std::uint8_t live = 0;
+  std::uint8_t published = 0;  // for a root: sequences below it may publish
+};
+
+// Where the eviction order takes a node whose last holder left.
+enum class Leave { hot, cold };
+
+class BlockTree {
+ public:
+  BlockTree(std::int32_t num_device_blocks, std::int32_t num_host_blocks, int block_size,
+            std::uint64_t seed);
+
+  int block_size() const { return block_size_; }
+  const Node& node(NodeId id) const { return nodes_[index(id)]; }
+  const BlockPool& pool(Tier tier) const { return pools_[index(tier)]; }
+  std::int32_t num_cached(Tier tier) const { return orders_[index(tier)].size(); }
+  std::int32_t num_available(Tier tier) const { return pool(tier).num_free() + num_cached(tier); }
+
+  // --- roots. A path starts at the root of its salt, or at the anonymous root, which nobody else
+  // shares by content.
+  NodeId anonymous_root() const { return kAnonymousRoot; }
+  NodeId find_root(std::string_view salt) const;  // none if no sequence and no block has this salt
+  NodeId open_root(std::string_view salt);        // the caller refs it or calls drop_if_unused
+  void drop_if_unused(NodeId root);
+  bool is_root(NodeId id) const { return node(id).parent == NodeId::none; }
+
+  // --- lookup, by comparing tokens
+  NodeId find_child(NodeId parent, const Token* tokens) const;
+  NodeId find_equal(NodeId id) const;  // the published node with this parent and these tokens
+  // The child with the longest common run with `tokens`, which no full child matches.
+  std::pair<NodeId, int> find_partial(NodeId parent, std::span<const Token> tokens) const;
+
+  // --- references
+  void ref(NodeId id, Tier tier);
+  void unref(NodeId id, Tier tier, Leave leave);
+  int num_holders(NodeId id) const { return node(id).count[0] + node(id).count[1]; }
+  bool sole_holder_stays(NodeId id) const { return num_holders(id) - node(id).leaving == 1; }
+  void mark_leaving(NodeId id) { ++at(id).leaving; }
+  void unmark_leaving(NodeId id) { --at(id).leaving; }
+
+  // --- content
+  // A private node below a counted parent, with one holder and a block, evicting for it if need be.
+  NodeId add(NodeId parent, Tier tier);
+  void adopt(NodeId child, NodeId parent) { at(child).parent = parent; }
+  void remove(NodeId id, Tier tier);  // a private node whose holder has gone; its parent has others
+  void drop(NodeId id) { free_node(id); }  // likewise, its holder becoming one of its parent
+  Token* tokens(NodeId id) { return tokens_.data() + index(id) * std::size_t(block_size_); }
+  const Token* tokens(NodeId id) const {
+    return tokens_.data() + index(id) * std::size_t(block_size_);
+  }
+  void set_fill(NodeId id, int fill, int known) {
+    Node& n = at(id);
+    n.fill = static_cast<std::uint16_t>(fill);
+    n.known = static_cast<std::uint16_t>(known);
+    if (known == block_size_) complete(id);
+  }
+  void put(NodeId id, int offset, Token token) {  // after which nothing else is in the node
+    tokens(id)[offset] = token;
+    set_fill(id, offset + 1, offset + 1);
+  }
+  bool is_complete(NodeId id) const { return node(id).known == block_size_; }
+
+  // --- publication
+  bool may_publish(NodeId id) const { return is_complete(id) && node(node(id).parent).published; }
+  void publish(NodeId id);
+  void unpublish(NodeId id);  // counted and without published children
+  void clear(std::string_view salt);
+  void clear_all();
+
+  // --- inspection
+  std::span<const Node> nodes() const { return nodes_; }
+  std::size_t bytes() const;
+  std::int64_t num_evicted() const { return num_evicted_; }
+  // Recomputes everything that this class keeps twice; `ends[n]` sequences end at node n.
+  void verify(std::span<const std::int32_t> ends) const;
+
+ private:
+  static constexpr NodeId kAnonymousRoot{0};
+  struct SaltHash {
+    using is_transparent = void;
+    std::size_t operator()(std::string_view s) const { return std::hash<std::string_view>{}(s); }
+  };
+  using Roots = std::unordered_map<std::string, NodeId, SaltHash, std::equal_to<>>;
+
+  Node& at(NodeId id) { return nodes_[index(id)]; }
+  NodeId new_node();
+  void free_node(NodeId id);
+  void grow(std::size_t num_nodes);  // all its arrays, or throws with none of them used
+  void complete(NodeId id);  // all its tokens are known: hash them, and warm up for publish()
+  void link_child(NodeId id);
+  void unlink_child(NodeId id);
+  void evict_one(Tier tier);
+  void unpublish_subtree(NodeId root);
+  NodeId find(NodeId parent, const Token* tokens, std::uint64_t hash) const;
+  std::uint64_t child_hash(NodeId parent, const Token* tokens) const;
+  std::uint64_t first_token_hash(NodeId parent, Token token) const;
+
+  int block_size_;
+  std::uint64_t seed_;
+  std::vector<Node> nodes_;
+  std::vector<Token> tokens_;  // block_size per node
+  NodeId free_nodes_ = NodeId::none;
+  std::array<BlockPool, kNumTiers> pools_;
+  std::array<EvictionOrder, kNumTiers> orders_;
+  std::size_t num_roots_ = 0;
+  PrefixIndex by_path_;         // published nodes, by the hash of their whole path
+  PrefixIndex by_first_token_;  // published nodes, by their parent's path and their first token
+  Roots roots_;
+  std::unordered_map<NodeId, std::string> salts_;  // the other way round
+  std::int64_t num_evicted_ = 0;
+};
+
+}  // namespace pagedkv

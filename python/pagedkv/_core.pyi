@@ -1,0 +1,242 @@
+"""The extension module. `pagedkv` re-exports what users need; see there for the words."""
+
+from typing import Any, Literal, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Anything with the buffer protocol (numpy, torch CPU tensors, array.array); lists work, slowly.
+_Buffer = Any
+_Int32 = NDArray[np.int32]
+_Int64 = NDArray[np.int64]
+
+__version__: str
+
+@final
+class PrefixHit:
+    """What a lookup found. Tokens in full blocks and the tail of a partly matching block."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_full_blocks(self) -> int: ...
+    @property
+    def num_partial_tokens(self) -> int: ...
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class TierStats:
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def num_free(self) -> int: ...
+    @property
+    def num_active(self) -> int: ...
+    @property
+    def num_cached(self) -> int: ...
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class Stats:
+    @property
+    def device(self) -> TierStats: ...
+    @property
+    def host(self) -> TierStats: ...
+    @property
+    def num_sequences(self) -> int: ...
+    @property
+    def num_logical_blocks(self) -> int: ...
+    @property
+    def num_peak_blocks(self) -> int: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def num_appended_tokens(self) -> int: ...
+    @property
+    def num_hit_tokens(self) -> int: ...
+    @property
+    def num_copies(self) -> int: ...
+    @property
+    def num_merged_blocks(self) -> int: ...
+    @property
+    def num_evicted_blocks(self) -> int: ...
+    @property
+    def metadata_bytes(self) -> int: ...
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class Snapshot:
+    """The block tree at one moment, as arrays with one entry per node.
+
+    `parents` are positions in these arrays (-1 for a child of a root), parents before children.
+    """
+
+    @property
+    def parents(self) -> _Int32: ...
+    @property
+    def blocks(self) -> _Int32: ...
+    @property
+    def num_tokens(self) -> _Int32: ...
+    @property
+    def counts(self) -> _Int32: ...
+    @property
+    def published(self) -> NDArray[np.bool_]: ...
+    @property
+    def sequence_ids(self) -> _Int64: ...
+    @property
+    def sequence_nodes(self) -> _Int32: ...
+    @property
+    def sequence_lengths(self) -> _Int64: ...
+
+@final
+class StepPlan:
+    """Views of the manager's persistent buffers, valid until the next append.
+
+    What one step does: where each new token goes, what each sequence may read, and which blocks
+    to copy first. Reading a plan after the next append raises InvalidState; `copy()` and pickling
+    make a value that stays.
+
+    T is the number of new tokens, B the batch, all shapes in elements:
+        input_ids int64 [T], or None when the append carried no tokens
+        slots int64 [T]: block * block_size + offset, where token t's K and V go
+        positions int64 [T]: index of the token in its sequence
+        query_starts int32 [B + 1]: row b's new tokens are [query_starts[b], query_starts[b + 1])
+        seq_lens int32 [B]: length of each sequence after the step
+        block_tables int32 [B, W]: W is the widest row, padded with block 0; rows are strided
+        copies int32 [n, 3]: source block, target block, tokens; all precede the step's writes
+        table_updates int32 [m, 3]: row, first and one-past-last column rewritten by this step
+        wait_for int64 [k]: transfers that must end before this step touches its blocks
+    """
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_copies(self) -> int: ...
+    @property
+    def input_ids(self) -> _Int64 | None: ...
+    @property
+    def slots(self) -> _Int64: ...
+    @property
+    def positions(self) -> _Int64: ...
+    @property
+    def query_starts(self) -> _Int32: ...
+    @property
+    def seq_lens(self) -> _Int32: ...
+    @property
+    def block_tables(self) -> _Int32: ...
+    @property
+    def copies(self) -> _Int32: ...
+    @property
+    def table_updates(self) -> _Int32: ...
+    @property
+    def wait_for(self) -> _Int64: ...
+    def copy(self) -> StepPlan: ...
+    def __eq__(self, other: object) -> bool: ...
+
+@final
+class BlockManager:
+    """The control plane: which block holds which tokens of which sequence. No tensors, no torch.
+
+    Args:
+        num_device_blocks: blocks in the device tier, block 0 (padding) not counted.
+        num_host_blocks: blocks in the host tier.
+        block_size: tokens per block, 1 to 4096.
+        max_batch: most sequences in one step.
+        max_model_len: most tokens in one sequence; by default what the device tier holds.
+        watermark: blocks that a sequence's first append must leave available.
+
+    Ids are int64, lengths and counts int64 or int32, tokens int64 or int32. Batch arguments are
+    one-dimensional contiguous host buffers; a list works and is the slow way.
+    """
+
+    def __init__(
+        self,
+        num_device_blocks: int,
+        num_host_blocks: int = 0,
+        block_size: int = 16,
+        *,
+        max_batch: int = 256,
+        max_model_len: int | None = None,
+        watermark: int = 0,
+    ) -> None: ...
+    @property
+    def num_device_blocks(self) -> int: ...
+    @property
+    def num_host_blocks(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def max_batch(self) -> int: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def watermark(self) -> int: ...
+    def create(self, tokens: _Buffer | None = None, *, salt: bytes | str | None = None) -> int:
+        """A new sequence that holds the longest published prefix of `tokens` but the last token.
+
+        Takes no block. Without tokens the sequence is anonymous: it shares by fork only and is
+        never a prefix hit.
+        """
+    def num_cached(self, id: int) -> int:
+        """Tokens that create() found: append from tokens[num_cached:]."""
+    def length(self, id: int) -> int: ...
+    def lookup(self, tokens: _Buffer, *, salt: bytes | str | None = None) -> PrefixHit:
+        """What create() would take. Changes nothing."""
+    def append(
+        self, ids: _Buffer, tokens: _Buffer | None = None, *, counts: _Buffer | None = None
+    ) -> StepPlan:
+        """Open a step: `counts[b]` new tokens (default 1) for each of `ids`, all or nothing.
+
+        `tokens` are the new ids of all rows, one after the other. Leave them out when they are
+        not known on the host yet, and record() them later.
+        """
+    def commit(self, plan: StepPlan, lengths: _Buffer | None = None) -> None:
+        """Close the step: its work is queued. Publishes full blocks as prefix hits.
+
+        `lengths[b]` keeps only that much of row b, for rejected speculative tokens.
+        """
+    def rollback(self, plan: StepPlan) -> None:
+        """Close the step as if it had not been: paths, lengths and counts are as before."""
+    def record(self, ids: _Buffer, tokens: _Buffer, *, counts: _Buffer | None = None) -> None:
+        """Tell tokens that were appended without: `counts[b]` (default 1) per sequence, in order."""
+    def fork(self, id: int, n: int) -> _Int64:
+        """n ids that share all of `id`; the first is `id` itself."""
+    def reorder(self, ids: _Buffer, parents: _Buffer) -> None:
+        """ids[i] becomes what ids[parents[i]] was, for all i at once."""
+    def truncate(self, ids: _Buffer, lengths: _Buffer) -> None:
+        """Keep only the first lengths[i] tokens of ids[i]."""
+    def release(self, ids: _Buffer) -> None:
+        """Forget sequences. Their published blocks stay, as prefix hits, until evicted."""
+    def clear(self, salt: bytes | str | None = None) -> None:
+        """No cached block of this salt (default: of any) is a hit any more."""
+    def num_needed(self, ids: _Buffer, counts: _Buffer | None = None) -> int:
+        """Blocks that append(ids, counts=counts) would take."""
+    def num_freed(self, ids: _Buffer) -> int:
+        """Blocks that these sequences alone hold."""
+    def block_table(self, id: int) -> _Int32: ...
+    def stats(self) -> Stats: ...
+    def snapshot(self) -> Snapshot: ...
+    def verify(self) -> None:
+        """Recompute every count from scratch; raises BrokenInvariant on a difference."""
+
+_DType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+
+# Copies on host memory. A region is (base address, block stride in bytes, bytes per block).
+def copy_blocks(
+    regions: _Int64, copies: _Int32, block_size: int, num_blocks: int
+) -> None: ...
+def scatter(
+    pool: int, block_stride: int, token_stride: int, token_bytes: int, block_size: int,
+    num_blocks: int, slots: _Int64, source: int, source_stride: int
+) -> None: ...
+def gather(
+    pool: int, block_stride: int, token_stride: int, token_bytes: int, block_size: int,
+    num_blocks: int, blocks: _Int32, num_tokens: int, target: int, target_stride: int
+) -> None: ...

@@ -1,0 +1,171 @@
+"""Attention over paged K and V: gather, then torch's own kernels.
+
+Rows of a batch that begin with the same blocks (beams, samples) read them once for all: their
+queries attend to the shared run together, each row to its own tail apart, and one softmax runs
+over both. That is the cascade attention of Zheng et al., "Efficiently Programming Large Language
+Models using SGLang", with the scores joined before the softmax instead of the outputs after it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pagedkv.errors import InvalidSpec
+
+if TYPE_CHECKING:
+    from pagedkv.cache import KVCache
+    from pagedkv.step import Step
+
+__all__ = ["attend"]
+
+
+def attend(
+    kv: KVCache,
+    layer: int,
+    q: torch.Tensor,
+    step: Step,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    attn_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of each new token to its sequence up to itself.
+
+    Args:
+        q: queries [T, Hq, k_dim], Hq a multiple of the layer's KV heads.
+        scale: of the scores, by default k_dim ** -0.5.
+        softcap: scores become softcap * tanh(scores / softcap).
+        window: a token sees itself and the window - 1 tokens before it.
+        attn_mask: bool (True: visible) or additive float, broadcastable to
+            [B, Hq, query length, max(seq_lens)], in place of the causal rule; every row of the
+            step must then have the same number of new tokens.
+
+    Returns [T, Hq, v_dim] in q's dtype.
+
+    Raises:
+        InvalidSpec: q has another shape than [T, Hq, k_dim].
+    """
+    plan, spec = step.plan, kv.spec.layers[layer]
+    if q.dim() != 3 or q.shape[0] != plan.num_tokens or q.shape[2] != spec.k_dim:
+        raise InvalidSpec(
+            f"q is {list(q.shape)}, expected [{plan.num_tokens}, query heads, {spec.k_dim}]"
+        )
+    if q.shape[1] % spec.num_kv_heads:
+        raise InvalidSpec(
+            f"q has {q.shape[1]} heads, expected a multiple of {spec.num_kv_heads} KV heads"
+        )
+    scale = spec.k_dim**-0.5 if scale is None else scale
+    out = q.new_empty(q.shape[0], q.shape[1], spec.v_dim)
+    starts, lens = plan.query_starts, plan.seq_lens
+    one_each = plan.num_tokens == plan.batch_size
+    runs = step.shared_runs if one_each else [(b, b + 1, 0) for b in range(plan.batch_size)]
+    for first, last, shared in runs:
+        rows = slice(int(starts[first]), int(starts[last]))
+        mask = None
+        if attn_mask is not None:
+            part = attn_mask[first:last] if attn_mask.shape[0] > 1 else attn_mask
+            mask = part[..., : int(lens[first:last].max())]
+        else:
+            mask = _causal_mask(lens[first:last], int(starts[first + 1] - starts[first]), window)
+        queries = q[rows].unflatten(0, (last - first, -1)).transpose(1, 2)
+        if shared and last - first > 1:
+            found = _shared(kv, layer, queries, step, first, last, shared, scale, softcap, mask)
+        else:
+            k, v = kv.gather_blocks(layer, plan.block_tables[first:last], 0, lens[first:last])
+            found = _dense(queries, k, v, scale, softcap, mask)
+        out[rows] = found.transpose(1, 2).flatten(0, 1)
+    return out
+
+
+def _causal_mask(
+    lens: np.ndarray[tuple[int], np.dtype[np.int32]], num_new: int, window: int | None
+) -> torch.Tensor | None:
+    """Which of the last `num_new` queries of each row see which keys, bool [B, 1, num_new, max]."""
+    longest = int(lens.max())
+    if num_new == 1 and int(lens.min()) == longest and (window is None or window >= longest):
+        return None
+    keys = torch.arange(longest)
+    at = torch.from_numpy(lens).long()[:, None] - num_new + torch.arange(num_new)
+    visible = keys <= at[..., None]
+    if window is not None:
+        visible &= keys > at[..., None] - window
+    return visible[:, None]
+
+
+def _dense(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """q [B, Hq, n, D], k and v [B, H, S, D] -> [B, Hq, n, Dv]."""
+    if k.dtype != q.dtype:
+        k, v = k.to(q.dtype), v.to(q.dtype)
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    group = q.shape[1] // k.shape[1]
+    scores = q.unflatten(1, (-1, group)).flatten(2, 3) @ k.transpose(-1, -2)
+    weights = _weights(scores.unflatten(2, (group, -1)).flatten(1, 2), scale, softcap, mask)
+    found = weights.unflatten(1, (-1, group)).flatten(2, 3) @ v
+    return found.unflatten(2, (group, -1)).flatten(1, 2)
+
+
+def _weights(
+    scores: torch.Tensor, scale: float, softcap: float | None, mask: torch.Tensor | None
+) -> torch.Tensor:
+    dtype = scores.dtype
+    scores = scores.float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1).to(dtype)
+
+
+def _shared(
+    kv: KVCache,
+    layer: int,
+    q: torch.Tensor,
+    step: Step,
+    first: int,
+    last: int,
+    shared: int,
+    scale: float,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """One query each for rows whose first `shared` blocks are the same: q [n, Hq, 1, D]."""
+    plan = step.plan
+    num_shared = shared * kv.spec.block_size
+    tables, lens = plan.block_tables[first:last], plan.seq_lens[first:last]
+    run = np.array([num_shared], np.int32)
+    k_run, v_run = kv.gather_blocks(layer, tables[:1], 0, run, part=0)
+    k_tail, v_tail = kv.gather_blocks(layer, tables, shared, lens - num_shared, part=1)
+    if k_run.dtype != q.dtype:
+        k_run, v_run, k_tail, v_tail = (t.to(q.dtype) for t in (k_run, v_run, k_tail, v_tail))
+    n, num_heads = q.shape[0], k_run.shape[1]
+    grouped = q.reshape(n, num_heads, -1, q.shape[-1])  # [n, H, G, D]
+    together = grouped.transpose(0, 1).flatten(1, 2)  # [H, n * G, D]
+    scores = torch.cat(
+        (
+            (together @ k_run[0].transpose(-1, -2)).unflatten(1, (n, -1)).transpose(0, 1),
+            grouped @ k_tail.transpose(-1, -2),
+        ),
+        dim=-1,
+    )  # [n, H, G, S]
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.unflatten(1, (num_heads, -1)).squeeze(3)
+    weights = _weights(scores, scale, softcap, mask)
+    run_weights = weights[..., :num_shared].transpose(0, 1).flatten(1, 2)  # [H, n * G, S]
+    found = (run_weights @ v_run[0]).unflatten(1, (n, -1)).transpose(0, 1)
+    found = found + weights[..., num_shared:] @ v_tail
+    return found.reshape(n, q.shape[1], 1, -1)

@@ -1,0 +1,92 @@
+"""What a PagedCache changes in one forward pass of a model, and puts back after it.
+
+Equal prompt rows are folded into one, since generate() repeats a prompt for each beam, and the
+attention function becomes the one that reads blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pagedkv.integrations._attention import ATTENTION
+
+# The inputs that have one row per sequence. A forward with any other tensor is not folded.
+_ROW_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+
+
+def fold_rows(
+    inputs: Mapping[str, Any], num_rows: int
+) -> tuple[dict[str, Any], torch.Tensor] | None:
+    """Keep one of each run of equal rows of more than one token.
+
+    Rows are compared by token ids, mask and positions: equal rows have equal K, V and logits.
+    `num_rows` is what the cache holds; rows fold only if they continue the same one. Returns the
+    folded inputs and the place of each old row in them, int64 [B]; None if nothing folds.
+    """
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[1] < 2:
+        return None
+    batch = ids.shape[0]
+    if batch == 1 or batch == num_rows or (num_rows and batch % num_rows):
+        return None
+    by_row = {}
+    for name, value in inputs.items():
+        if isinstance(value, (list, tuple, dict)):
+            return None
+        if not isinstance(value, torch.Tensor) or name == "cache_position":
+            continue
+        if name not in _ROW_INPUTS:
+            return None
+        if value.shape[0] == batch:
+            by_row[name] = value
+    repeats = torch.ones(batch - 1, dtype=torch.bool, device=ids.device)
+    for value in by_row.values():
+        repeats &= (value[1:] == value[:-1]).flatten(1).all(dim=1)
+    if num_rows:
+        fan_out = batch // num_rows
+        repeats[fan_out - 1 :: fan_out] = False
+    is_first = torch.cat([torch.ones_like(repeats[:1]), ~repeats])
+    keep = is_first.nonzero().flatten()
+    if len(keep) == batch:
+        return None
+    folded = {name: value[keep] for name, value in by_row.items()}
+    return {**inputs, **folded}, is_first.cumsum(0) - 1
+
+
+def unfold_rows(output: Any, num_rows: int, places: torch.Tensor) -> Any:
+    """A model output of `num_rows` rows with its old rows back: row i is the one at `places[i]`."""
+    if isinstance(output, torch.Tensor):
+        has_rows = output.ndim > 0 and output.shape[0] == num_rows
+        return output.index_select(0, places.to(output.device)) if has_rows else output
+    if isinstance(output, Mapping):  # a ModelOutput is one
+        return type(output)(**{k: unfold_rows(v, num_rows, places) for k, v in output.items()})
+    if isinstance(output, (list, tuple)):
+        return type(output)(unfold_rows(v, num_rows, places) for v in output)
+    return output
+
+
+class AttentionSwitch:
+    """Sets the attention function of a model's layers for the length of one forward."""
+
+    def __init__(self, model: Any) -> None:
+        found = {id(model.config): model.config}
+        for module in model.modules():
+            if hasattr(module, "layer_idx") and hasattr(module, "config"):
+                found[id(module.config)] = module.config
+        self._configs = list(found.values())
+        self._before: list[str | None] | None = None
+
+    def on(self) -> None:
+        if self._before is None:
+            self._before = [config._attn_implementation_internal for config in self._configs]
+        for config in self._configs:
+            config._attn_implementation_internal = ATTENTION
+
+    def off(self) -> None:
+        if self._before is not None:
+            for config, before in zip(self._configs, self._before, strict=True):
+                config._attn_implementation_internal = before
+            self._before = None

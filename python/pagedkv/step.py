@@ -1,0 +1,112 @@
+"""One step of a KVCache: its plan as tensors, closed by commit or rollback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pagedkv.errors import InvalidState
+
+if TYPE_CHECKING:
+    from pagedkv._core import StepPlan
+    from pagedkv.cache import KVCache
+
+__all__ = ["Step"]
+
+
+class Step:
+    """Views of the cache's persistent buffers, valid until the next step.
+
+    A context manager: leaving it commits, an exception rolls back. T is the number of new tokens,
+    B the batch. `plan` is the StepPlan behind it; the tensors are on the cache's device.
+    """
+
+    def __init__(self, kv: KVCache, plan: StepPlan, close: Callable[[], None]) -> None:
+        self.plan = plan
+        self._kv = kv
+        self._close = close
+        self._open = True
+
+    @cached_property
+    def input_ids(self) -> torch.Tensor:
+        """The new tokens' ids, int64 [T]. InvalidState if the step was opened without tokens."""
+        ids = self.plan.input_ids
+        if ids is None:
+            raise InvalidState("this step was opened without tokens, so it has no input_ids")
+        return torch.from_numpy(ids)
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """Where each new token's K and V go: block * block_size + offset, int64 [T]."""
+        return torch.from_numpy(self.plan.slots)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """Index of each new token in its sequence, int64 [T]."""
+        return torch.from_numpy(self.plan.positions)
+
+    @cached_property
+    def query_starts(self) -> torch.Tensor:
+        """Row b's new tokens are [query_starts[b], query_starts[b + 1]), int32 [B + 1]."""
+        return torch.from_numpy(self.plan.query_starts)
+
+    @cached_property
+    def seq_lens(self) -> torch.Tensor:
+        """Length of each sequence with its new tokens, int32 [B]."""
+        return torch.from_numpy(self.plan.seq_lens)
+
+    @cached_property
+    def block_tables(self) -> torch.Tensor:
+        """Blocks of each sequence, int32 [B, W], padded with block 0; rows are strided."""
+        return torch.from_numpy(self.plan.block_tables)
+
+    @cached_property
+    def shared_runs(self) -> list[tuple[int, int, int]]:
+        """Neighbouring rows that begin with the same blocks: (first row, past the last, blocks)."""
+        tables, runs, first = self.plan.block_tables, [], 0
+        for row in range(1, len(tables) + 1):
+            if row < len(tables) and tables[row, 0] == tables[first, 0]:
+                continue
+            differs = (tables[first + 1 : row] != tables[first]).any(axis=0)
+            shared = int(differs.argmax()) if row - first > 1 else 0
+            runs.append((first, row, shared))
+            first = row
+        return runs
+
+    @property
+    def is_open(self) -> bool:
+        return self._open
+
+    def commit(self, lengths: Any = None) -> None:
+        """Close the step; `lengths[b]` keeps only that much of row b. See BlockManager.commit."""
+        self._kv.manager.commit(self.plan, lengths)
+        self._closed()
+
+    def rollback(self) -> None:
+        """Close the step as if it had not been."""
+        self._kv.manager.rollback(self.plan)
+        self._closed()
+
+    def _closed(self) -> None:
+        self._open = False
+        self._close()
+
+    def __enter__(self) -> Step:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._open:
+            return
+        if kind is None:
+            self.commit()
+        else:
+            self.rollback()
