@@ -12,7 +12,7 @@ namespace pagedkv {
 
 namespace {
 
-// From here on other Python threads are worth letting in.
+// From here on (about 20 us of copying) it pays to let other Python threads in.
 constexpr std::int64_t kLongCopyBytes = 256 * 1024;
 
 template <class T>
@@ -89,21 +89,21 @@ void bind_host_pool(py::module_& m) {
            py::arg("region"), py::arg("slots"), py::arg("source"), py::arg("source_stride"))
       .def("gather",
            [](const HostPool& pool, std::size_t region, const py::object& block_tables,
-              std::int32_t first_block, const py::object& num_tokens, std::uintptr_t target,
-              std::int64_t target_stride) {
+              std::int32_t first_block, const py::object& num_tokens, std::int32_t num_heads,
+              std::int32_t width, std::uintptr_t target) {
              const IntBuffer table(block_tables, 2);
              const IntBuffer tokens(num_tokens, 1);
              const TableView view{table.data(), table.stride(0),
                                   static_cast<std::int32_t>(table.size(0)),
                                   static_cast<std::int32_t>(table.size(1))};
-             run(table.size(0) * target_stride, [&] {
+             run(table.size(0) * width * 256, [&] {
                pool.gather(region, view, first_block,
-                           {tokens.data(), static_cast<std::size_t>(tokens.size(0))},
-                           pointer<std::byte>(target), target_stride);
+                           {tokens.data(), static_cast<std::size_t>(tokens.size(0))}, num_heads,
+                           width, pointer<std::byte>(target));
              });
            },
            py::arg("region"), py::arg("block_tables"), py::arg("first_block"),
-           py::arg("num_tokens"), py::arg("target"), py::arg("target_stride"));
+           py::arg("num_tokens"), py::arg("num_heads"), py::arg("width"), py::arg("target"));
 }
 
 }  // namespace pagedkv

@@ -367,19 +367,21 @@ void BlockManager::record(std::span<const SequenceId> ids, std::span<const Token
 }
 
 // The nodes of the path from `first_block` on that have become complete are published; one that has
-// an equal published sibling gives way to it. Needs each of these to have one holder: a node with
-// more stays private, and so does all below it.
+// an equal published sibling gives way to it. Only while the sequence alone runs through them: a
+// node that others share from there on stays private, and so does all below it.
 void BlockManager::publish_chain(Sequence& sequence, std::int32_t first_block) {
   const std::int32_t size = num_blocks(sequence.length) - first_block;
   chain_.resize(static_cast<std::size_t>(size));
+  std::int32_t own = 0;  // from here on each node has one holder
   NodeId node = sequence.tip;
   for (std::int32_t k = size; k-- > 0; node = tree_.node(node).parent) {
     chain_[static_cast<std::size_t>(k)] = node;
+    if (own == 0 && tree_.num_holders(node) != 1) own = k + 1;
   }
   for (std::int32_t k = 0; k < size; ++k) {
     const NodeId id = chain_[static_cast<std::size_t>(k)];
     if (tree_.node(id).published) continue;
-    if (!tree_.may_publish(id) || tree_.num_holders(id) != 1) return;
+    if (k < own || !tree_.may_publish(id)) return;
     const NodeId equal = tree_.find_equal(id);
     if (equal == NodeId::none) {
       tree_.publish(id);

@@ -95,6 +95,7 @@ void BlockTree::complete(NodeId id) {
   Node& n = at(id);
   n.hash = child_hash(n.parent, tokens(id));
   by_path_.prefetch(n.hash);
+  by_first_token_.prefetch(first_token_hash(n.parent, tokens(id)[0]));
 }
 
 // ------------------------------------------------------------------------------------- roots
@@ -244,6 +245,11 @@ void BlockTree::evict_one(Tier tier) {
     id = order.coldest();
   }
   order.remove(id);
+  if (order.size() > 0) {  // the next to go, most likely
+    const NodeId next = order.coldest();
+    by_path_.prefetch(node(next).hash);
+    by_first_token_.prefetch(first_token_hash(node(next).parent, tokens(next)[0]));
+  }
   const NodeId parent = node(id).parent;
   unpublish(id);
   free_node(id);

@@ -13,6 +13,28 @@ void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
 
+template <std::size_t kBytes>
+void copy_fixed(const std::byte* from, std::int64_t from_stride, std::byte* to,
+                std::int64_t count) {
+  for (; count > 0; --count, from += from_stride, to += kBytes) std::memcpy(to, from, kBytes);
+}
+
+// `count` rows of `bytes` each, `from_stride` apart, to one run. Heads are mostly of few sizes, and
+// a copy of known size is several times faster than a call of memcpy.
+void copy_rows(const std::byte* from, std::int64_t from_stride, std::byte* to, std::int64_t bytes,
+               std::int64_t count) {
+  switch (bytes) {
+    case 64: return copy_fixed<64>(from, from_stride, to, count);
+    case 128: return copy_fixed<128>(from, from_stride, to, count);
+    case 256: return copy_fixed<256>(from, from_stride, to, count);
+    case 512: return copy_fixed<512>(from, from_stride, to, count);
+    default:
+      for (; count > 0; --count, from += from_stride, to += bytes) {
+        std::memcpy(to, from, static_cast<std::size_t>(bytes));
+      }
+  }
+}
+
 }  // namespace
 
 HostPool::HostPool(std::vector<Region> regions, std::int32_t num_blocks, std::int32_t block_size)
@@ -66,33 +88,40 @@ void HostPool::scatter(std::size_t i, std::span<const std::int64_t> slots, const
 }
 
 void HostPool::gather(std::size_t i, const TableView& table, std::int32_t first_block,
-                      std::span<const std::int32_t> num_tokens, std::byte* target,
-                      std::int64_t target_stride) const {
+                      std::span<const std::int32_t> num_tokens, std::int32_t num_heads,
+                      std::int32_t width, std::byte* target) const {
   const Region& r = region(i);
+  require(num_heads > 0 && r.token_bytes % num_heads == 0, "num_heads: expected a divisor");
   require(first_block >= 0 && num_tokens.size() == static_cast<std::size_t>(table.num_rows),
           "num_tokens: expected one for each row of the table");
   for (std::int32_t b = 0; b < table.num_rows; ++b) {
     const std::int64_t tokens = num_tokens[static_cast<std::size_t>(b)];
     const std::int64_t last = first_block + (tokens + block_size_ - 1) / block_size_;
-    require(tokens >= 0 && last <= table.width && tokens * r.token_bytes <= target_stride,
+    require(tokens >= 0 && tokens <= width && last <= table.width,
             "num_tokens: a row reaches past the table or the target");
     for (std::int64_t k = first_block; k < last; ++k) {
       const std::int32_t block = table.cells[b * table.stride + k];
       require(block >= 0 && block < num_blocks_, "block_tables: a block is outside the pool");
     }
   }
+  const std::int64_t head_bytes = r.token_bytes / num_heads;
+  const std::int64_t head_stride = width * head_bytes;
   for (std::int32_t b = 0; b < table.num_rows; ++b) {
     const std::int32_t* cells = table.cells + b * table.stride + first_block;
-    std::byte* at = target + b * target_stride;
-    std::int64_t left = num_tokens[static_cast<std::size_t>(b)];
-    for (; left > 0; ++cells) {
-      const std::int64_t bytes = std::min<std::int64_t>(left, block_size_) * r.token_bytes;
-      std::memcpy(at, r.base + *cells * r.block_stride, static_cast<std::size_t>(bytes));
-      at += bytes;
-      left -= block_size_;
+    const std::int64_t tokens = num_tokens[static_cast<std::size_t>(b)];
+    std::byte* const row = target + b * num_heads * head_stride;
+    for (std::int64_t at = 0; at < tokens; at += block_size_, ++cells) {
+      const std::byte* block = r.base + *cells * r.block_stride;
+      const std::int64_t count = std::min<std::int64_t>(tokens - at, block_size_);
+      for (std::int32_t h = 0; h < num_heads; ++h) {
+        copy_rows(block + h * head_bytes, r.token_bytes, row + h * head_stride + at * head_bytes,
+                  head_bytes, count);
+      }
     }
-    const std::byte* end = target + (b + 1) * target_stride;
-    std::memset(at, 0, static_cast<std::size_t>(end - at));
+    for (std::int32_t h = 0; h < num_heads; ++h) {
+      std::memset(row + h * head_stride + tokens * head_bytes, 0,
+                  static_cast<std::size_t>((width - tokens) * head_bytes));
+    }
   }
 }
 

@@ -40,11 +40,11 @@ class HostPool {
   void scatter(std::size_t region, std::span<const std::int64_t> slots, const std::byte* source,
                std::int64_t source_stride) const;
 
-  // For each row b, tokens first_block * block_size .. of its blocks, num_tokens[b] of them, to
-  // target + b * target_stride; zeros up to target_stride.
+  // For each row b, num_tokens[b] tokens from block first_block of it on. The target is dense,
+  // [rows, num_heads, width, token_bytes / num_heads], zeros past each row's tokens.
   void gather(std::size_t region, const TableView& table, std::int32_t first_block,
-              std::span<const std::int32_t> num_tokens, std::byte* target,
-              std::int64_t target_stride) const;
+              std::span<const std::int32_t> num_tokens, std::int32_t num_heads, std::int32_t width,
+              std::byte* target) const;
 
  private:
   const Region& region(std::size_t i) const;

@@ -1,1 +1,85 @@
+"""pagedkv: the KV-cache block manager for your own LLM inference code.
 
+A sequence is a path in a tree of blocks: forks share it, copy-on-write keeps them apart, full
+blocks stay as prefix hits. `BlockManager` decides, `KVCache` holds the tensors, `PagedCache` plugs
+into transformers' generate(). Importing this module imports neither numpy nor torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pagedkv._core import (
+    BlockManager,
+    PrefixHit,
+    Snapshot,
+    Stats,
+    StepPlan,
+    TierStats,
+    __version__,
+)
+from pagedkv.errors import (
+    BrokenInvariant,
+    ConcurrentUse,
+    DeviceError,
+    InvalidSpec,
+    InvalidState,
+    KVError,
+    NotResident,
+    OutOfBlocks,
+    TransferError,
+    UnknownSequence,
+)
+
+if TYPE_CHECKING:
+    from pagedkv.cache import KVCache
+    from pagedkv.integrations.transformers import PagedCache
+    from pagedkv.spec import KVSpec, LayerSpec
+    from pagedkv.step import Step
+
+__all__ = [
+    "BlockManager",
+    "BrokenInvariant",
+    "ConcurrentUse",
+    "DeviceError",
+    "InvalidSpec",
+    "InvalidState",
+    "KVCache",
+    "KVError",
+    "KVSpec",
+    "LayerSpec",
+    "NotResident",
+    "OutOfBlocks",
+    "PagedCache",
+    "PrefixHit",
+    "Snapshot",
+    "Stats",
+    "Step",
+    "StepPlan",
+    "TierStats",
+    "TransferError",
+    "UnknownSequence",
+    "__version__",
+]
+
+# What needs torch, or is not needed by everybody, is imported when it is first used.
+_LAZY = {
+    "KVCache": "pagedkv.cache",
+    "KVSpec": "pagedkv.spec",
+    "LayerSpec": "pagedkv.spec",
+    "PagedCache": "pagedkv.integrations.transformers",
+    "Step": "pagedkv.step",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pagedkv' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,6 +1,6 @@
 """The extension module. `pagedkv` re-exports what users need; see there for the words."""
 
-from typing import Any, Literal, final
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ _Int32 = NDArray[np.int32]
 _Int64 = NDArray[np.int64]
 
 __version__: str
+__compiler__: str
 
 @final
 class PrefixHit:
@@ -226,17 +227,34 @@ class BlockManager:
     def verify(self) -> None:
         """Recompute every count from scratch; raises BrokenInvariant on a difference."""
 
-_DType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+@final
+class HostPool:
+    """Copies in host memory. The caller keeps the tensors alive and passes right addresses.
 
-# Copies on host memory. A region is (base address, block stride in bytes, bytes per block).
-def copy_blocks(
-    regions: _Int64, copies: _Int32, block_size: int, num_blocks: int
-) -> None: ...
-def scatter(
-    pool: int, block_stride: int, token_stride: int, token_bytes: int, block_size: int,
-    num_blocks: int, slots: _Int64, source: int, source_stride: int
-) -> None: ...
-def gather(
-    pool: int, block_stride: int, token_stride: int, token_bytes: int, block_size: int,
-    num_blocks: int, blocks: _Int32, num_tokens: int, target: int, target_stride: int
-) -> None: ...
+    Args:
+        regions: (address, bytes from block to block, bytes of a token), one per tensor.
+        num_blocks: blocks in each region, block 0 among them.
+        block_size: tokens per block.
+
+    Raises InvalidSpec, before it touches memory, for a block or slot outside the pool.
+    """
+
+    def __init__(
+        self, regions: list[tuple[int, int, int]], num_blocks: int, block_size: int
+    ) -> None: ...
+    def copy_blocks(self, copies: _Int32) -> None:
+        """Rows of `copies` [n, 3]: source block, target block, tokens; in every region."""
+    def scatter(self, region: int, slots: _Int64, source: int, source_stride: int) -> None:
+        """Token t, at address source + t * source_stride, goes to slots[t]."""
+    def gather(
+        self,
+        region: int,
+        block_tables: _Int32,
+        first_block: int,
+        num_tokens: _Int32,
+        num_heads: int,
+        width: int,
+        target: int,
+    ) -> None:
+        """num_tokens[b] tokens from block `first_block` of row b on, to a dense tensor
+        [B, num_heads, width, head] at address `target`; zeros past each row's tokens."""

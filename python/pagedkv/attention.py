@@ -2,8 +2,8 @@
 
 Rows of a batch that begin with the same blocks (beams, samples) read them once for all: their
 queries attend to the shared run together, each row to its own tail apart, and one softmax runs
-over both. That is the cascade attention of Zheng et al., "Efficiently Programming Large Language
-Models using SGLang", with the scores joined before the softmax instead of the outputs after it.
+over both. The idea is that of Juravsky et al., "Hydragen: High-Throughput LLM Inference with Shared
+Prefixes" (2024), with the scores joined before the softmax instead of the outputs after it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import TracebackType
 from typing import Any, Literal
 
@@ -212,14 +213,18 @@ class KVCache:
         width = int(num_tokens.max()) if len(num_tokens) else 0
         found = []
         for i, pool in enumerate(self._layers[layer]):
-            row_bytes = width * pool.stride(1) * pool.element_size()
-            space = self._workspace(2 * part + i, len(num_tokens) * row_bytes)
-            region = 2 * layer + i
+            shape = (len(num_tokens), pool.shape[2], width, pool.shape[3])
+            space = self._workspace(2 * part + i, math.prod(shape) * pool.element_size())
             self._pool.gather(
-                region, block_tables, first_block, num_tokens, space.data_ptr(), row_bytes
+                2 * layer + i,
+                block_tables,
+                first_block,
+                num_tokens,
+                pool.shape[2],
+                width,
+                space.data_ptr(),
             )
-            rows = space.view(pool.dtype).view(len(num_tokens), width, *pool.shape[2:])
-            found.append(rows.transpose(1, 2))
+            found.append(space.view(pool.dtype).view(shape))
         return found[0], found[1]
 
     def attention(

@@ -90,27 +90,39 @@ class Commands:
     def lookup(self, choose: Choose) -> None:
         self.twin.lookup(self.text(choose), SALTS[choose.integer(0, 2)])
 
+    def admit(self, choose: Choose) -> None:
+        """A prompt into a pool that has to make room for it."""
+        self.create(choose)
+        ids = self.live[-1:]
+        rest = self.rest.get(ids[0], []) if ids else []
+        if rest and not self.open and self.twin.append(ids, rest, [len(rest)], known=True):
+            self.close(choose)
+
     def append(self, choose: Choose) -> None:
         """A prompt's next part, or tokens that a model might have made of it."""
+        rows = self.twin.naive.rows
         ids = self.some(choose, self.live, self.config.max_batch)
         single = choose.integer(0, 1) == 0
-        known = choose.integer(0, 3) > 0
+        late = any(rows[i].known < rows[i].length for i in ids)
+        known = choose.integer(0, 9) == 0 if late else choose.integer(0, 3) > 0
         tokens: list[int] = []
         counts: list[int] = []
         for i in ids:
             rest = self.rest.get(i, [])
-            count = 1 if single else choose.integer(1, max(len(rest), self.config.block_size + 1))
+            most = self.config.max_model_len - rows[i].length + (choose.integer(0, 15) == 0)
+            most = max(1, min(most, max(len(rest), self.config.block_size + 1)))
+            count = 1 if single else choose.integer(1, most)
             counts.append(count)
             tokens += rest[:count] + self.tokens(choose, max(0, count - len(rest)))
         run = choose.integer(0, 5) > 0
-        if not self.twin.append(ids, tokens, None if single else counts, known=known, run=run):
-            if self.open:
-                return
-            # Nothing has changed, so less may do.
-            fewer, single = ids[:1], True
-            if not self.twin.append(fewer, tokens[:1], None, known=known, run=run):
-                return
-        if not run:
+        given = None if single else counts
+        done = self.twin.append(ids, tokens, given, known=known, run=run)
+        if not done and not self.open:  # perhaps one of them fits
+            for i in ids:
+                token = [*self.rest.get(i, []), 0][:1]
+                if done := self.twin.append([i], token, None, known=known, run=run):
+                    break
+        if done and not run:
             self.twin.rollback()
 
     def close(self, choose: Choose) -> None:
@@ -207,12 +219,24 @@ class Commands:
 # Commands and how often each is drawn; those in the second list also while a step is open, where
 # all but the last two are refused.
 WHEN_CLOSED = (
-    ("create append append append append append fork reorder truncate release release lookup " * 3)
-    + "record record record ask stale clear"
+    ("create admit admit append append append append fork reorder truncate release lookup " * 3)
+    + "release record record record ask stale clear"
 ).split()
-WHEN_OPEN = (
-    ["close", "close", "close", "close", "close", "append", "create", "fork", "reorder", "truncate", "release", "ask", "stale"]
-)
+WHEN_OPEN = [
+    "close",
+    "close",
+    "close",
+    "close",
+    "close",
+    "append",
+    "create",
+    "fork",
+    "reorder",
+    "truncate",
+    "release",
+    "ask",
+    "stale",
+]
 NEED_A_SEQUENCE = {"append", "fork", "reorder", "truncate", "release", "record"}
 
 
@@ -220,8 +244,8 @@ def small_config(choose: Choose) -> tuple[Config, int]:
     block_size = choose.integer(1, 4)
     num_blocks = choose.integer(4, 14) if choose.integer(0, 2) else choose.integer(15, 40)
     watermark = max(0, choose.integer(-3, 2))
-    most = choose.integer(6, min(40, num_blocks * block_size))
-    return Config(num_blocks, block_size, 5, max(most, 1), watermark), choose.integer(1, 3)
+    max_model_len = choose.integer(6, 40)
+    return Config(num_blocks, block_size, 5, max_model_len, watermark), choose.integer(1, 3)
 
 
 def run_program(seed: int, num_commands: int) -> None:
@@ -239,8 +263,8 @@ def test_seeded_programs(runs: int, first_seed: int) -> None:
     for seed in range(first_seed, first_seed + runs):
         try:
             run_program(seed, 150)
-        except BaseException as e:
-            e.add_note(f"run_program(seed={seed})") if hasattr(e, "add_note") else print(seed)
+        except BaseException:
+            print(f"run again with --first-seed={seed} --runs=1")
             raise
 
 
@@ -272,6 +296,7 @@ for command in ("create", "lookup", "clear", "stale", "ask"):
     add_rule(command, lambda self: True)
 for command in sorted(NEED_A_SEQUENCE - {"record"}):
     add_rule(command, lambda self: bool(self.commands.live))
+add_rule("admit", lambda self: not self.commands.open)
 add_rule("record", lambda self: bool(self.commands.live) and not self.commands.open)
 add_rule("close", lambda self: self.commands.open)
 

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from naive import NaiveManager, NaivePlan, Node
+from naive import NaiveManager, NaivePlan
+from naive_tree import Node
 from pagedkv._core import BlockManager
 from pagedkv.errors import KVError, OutOfBlocks
 

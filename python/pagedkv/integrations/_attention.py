@@ -45,8 +45,10 @@ class Group:
     tails: torch.Tensor
 
 
-def group_rows(tables: NDArray[np.int32], in_place: bool, device: torch.device) -> list[Group]:
+def group_rows(tables: NDArray[np.int32], kv: Any) -> list[Group]:
     """Cut the rows of `tables` [B, W] into groups; all rows are of one length."""
+    in_place = kv.layout == "layer_major"
+    device = torch.device("cpu")
     starts = [0, *(np.flatnonzero(np.diff(tables[:, 0])) + 1).tolist(), len(tables)]
     groups = []
     for begin, end in zip(starts, starts[1:], strict=False):
@@ -70,11 +72,8 @@ def shared_attention(
     values: torch.Tensor,
     groups: list[Group],
     length: int,
-    *,
     mask: torch.Tensor | None,
-    scale: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    options: dict[str, Any],
 ) -> torch.Tensor:
     """Attention of `query` [B, H*G, Q, D] over a layer's pool `keys`, `values` [N, P, H, D].
 
@@ -87,7 +86,7 @@ def shared_attention(
         mask_rows = None if mask is None else mask[rows] if mask.shape[0] > 1 else mask
         shared = _shared_parts(group, keys, values, length)
         own = _own_part(group, keys, values, length)
-        outputs.append(_attend(query[rows], shared, own, mask_rows, scale, softcap, sinks))
+        outputs.append(_attend(query[rows], shared, own, mask_rows, **options))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

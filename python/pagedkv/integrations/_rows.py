@@ -1,0 +1,248 @@
+"""The rows of a batch: sequences of one length that grow, fork and are reordered together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagedkv.cache import KVCache
+from pagedkv.errors import InvalidSpec, InvalidState
+from pagedkv.step import Step
+
+_Ids = NDArray[np.int64]
+_NONE: _Ids = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache holds now, and has held.
+
+    num_blocks: blocks that its rows hold; num_shared_blocks: those that several rows hold.
+    num_copies: blocks copied on write. num_hit_tokens: tokens that start() found computed.
+    kv_bytes, peak_bytes: K and V held now and at most, in whole blocks.
+    dense_peak_bytes: what a cache with a tensor row for each sequence would have held at most.
+    """
+
+    num_rows: int
+    length: int
+    num_blocks: int
+    num_shared_blocks: int
+    num_copies: int
+    num_hit_tokens: int
+    kv_bytes: int
+    peak_bytes: int
+    dense_peak_bytes: int
+
+
+@dataclass(frozen=True)
+class OpenStep:
+    """A step of `count` tokens per row on top of `past`, and the way back.
+
+    `made` are sequences that were created or forked for it, `before` the rows that it found.
+    """
+
+    step: Step
+    past: int
+    count: int
+    made: _Ids
+    before: _Ids
+    knows_tokens: bool
+
+
+class Rows:
+    """Sequences `ids` of `kv`, each of `length` tokens; at most one step is open."""
+
+    def __init__(self, kv: KVCache) -> None:
+        self.kv = kv
+        self.open_step: OpenStep | None = None
+        self.num_hit_tokens = 0
+        self.dense_peak_bytes = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.ids = _NONE
+        self.length = 0
+        # Of rows made by start(): the prompt until it is computed, and how many tokens of each row
+        # the manager knows. -1: the rows are anonymous, and never prefix hits.
+        self._prompt: _Ids | None = None
+        self._num_known = -1
+        self._reordered = False
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether a step should carry its tokens: all earlier ones of these rows are known."""
+        return self._num_known == self.length
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def open(self, batch: int, count: int, input_ids: _Ids | None) -> OpenStep:
+        """Open a step for `batch` rows: as many as there are, n times as many, or the first ones.
+
+        `input_ids` [batch, count], or None where unknown. All or nothing.
+        """
+        self.rollback()
+        before, made = self.ids, _NONE
+        tokens = self._tokens(batch, count, input_ids)
+        if not len(before):
+            ids = made = np.array([self.kv.create() for _ in range(batch)], np.int64)
+        elif batch == len(before):
+            ids = before
+        elif batch % len(before) == 0:
+            fan_out = batch // len(before)
+            forks = np.stack([self.kv.fork(int(row), fan_out) for row in before])
+            ids, made = forks.reshape(-1), forks[:, 1:].reshape(-1)
+        else:
+            raise InvalidSpec(
+                f"a batch of {batch} cannot continue the {len(before)} rows of the cache: use "
+                "batch_select_indices() to choose rows, or finish() or reset() for a new request"
+            )
+        try:
+            step = self.kv.step(ids, tokens, counts=np.full(batch, count))
+        except BaseException:
+            self.kv.release(made)
+            raise
+        self.ids = ids
+        self.open_step = OpenStep(step, self.length, count, made, before, tokens is not None)
+        return self.open_step
+
+    def _tokens(self, batch: int, count: int, input_ids: _Ids | None) -> _Ids | None:
+        """The tokens of a step, where the manager can still be told them."""
+        if not self.wants_tokens:
+            return None
+        end = self.length + count
+        if self._prompt is not None and batch % len(self._prompt) == 0:
+            prompt = self._prompt.repeat(batch // len(self._prompt), axis=0)[:, self.length : end]
+            if input_ids is None and prompt.shape[1] == count:
+                return prompt.reshape(-1)
+            if input_ids is not None and (input_ids[:, : prompt.shape[1]] != prompt).any():
+                raise InvalidState("start() was given another prompt: call reset() and start again")
+        return None if input_ids is None else np.ascontiguousarray(input_ids).reshape(-1)
+
+    def commit(self, dense_batch: int | None = None) -> None:
+        """Close the step. A dense cache would have held `dense_batch` rows (default: as many)."""
+        done = self.open_step
+        if done is None:
+            return
+        self.open_step = None
+        done.step.commit()
+        self.length = done.past + done.count
+        if done.knows_tokens:
+            self._num_known = self.length
+        if self._prompt is not None and self.length >= self._prompt.shape[1]:
+            self._prompt = None
+        held = (dense_batch or len(self.ids)) * self.length * self.kv.spec.token_bytes
+        self.dense_peak_bytes = max(self.dense_peak_bytes, held)
+
+    def rollback(self) -> None:
+        """Drop an open step, if there is one, and the rows made for it."""
+        failed = self.open_step
+        if failed is None:
+            return
+        self.open_step = None
+        failed.step.rollback()
+        self.ids = failed.before
+        self.kv.release(failed.made)
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def select(self, parents: _Ids) -> None:
+        """Row i becomes what row parents[i] was."""
+        self.rollback()
+        rows = self.ids
+        if not len(rows) or np.array_equal(parents, np.arange(len(rows))):
+            return
+        if len(parents) and not 0 <= parents.min() <= parents.max() < len(rows):
+            raise InvalidSpec(f"indices must be in [0, {len(rows)}), the rows of the cache")
+        self._reordered |= bool((np.diff(parents) < 0).any()) or len(parents) == len(rows)
+        if len(parents) == len(rows):
+            self.kv.reorder(rows, parents)
+            return
+        selected = np.empty_like(parents)
+        counts = np.bincount(parents, minlength=len(rows))
+        for parent in np.flatnonzero(counts):
+            selected[parents == parent] = self.kv.fork(int(rows[parent]), int(counts[parent]))
+        self.kv.release(rows[counts == 0])
+        self.ids = selected
+
+    def truncate(self, length: int) -> None:
+        self.rollback()
+        if len(self.ids) and length < self.length:
+            self.kv.truncate(self.ids, np.full(len(self.ids), length))
+            self.length = length
+            self._num_known = min(self._num_known, length)
+
+    def fork(self) -> Rows:
+        """The same rows once more, in the same blocks."""
+        self.rollback()
+        twin = Rows(self.kv)
+        twin.ids = np.array([self.kv.fork(int(row), 2)[1] for row in self.ids], np.int64)
+        twin.length, twin._prompt = self.length, self._prompt
+        twin._num_known, twin._reordered = self._num_known, self._reordered
+        return twin
+
+    def release(self) -> None:
+        self.rollback()
+        self.kv.release(self.ids)
+        self._forget()
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def start(self, prompt: _Ids, salt: bytes | str | None) -> int:
+        """Rows that hold what is cached of `prompt` [B, T]; returns how many tokens that is."""
+        if len(self.ids):
+            raise InvalidState("the cache holds a request: call finish() or reset() before start()")
+        if prompt.ndim != 2 or 0 in prompt.shape:
+            raise InvalidSpec(f"input_ids must be [batch, tokens], got {list(prompt.shape)}")
+        ids: list[int] = []
+        try:
+            for tokens in prompt:
+                ids.append(self.kv.create(tokens, salt=salt))
+        except BaseException:
+            self.kv.release(np.array(ids, np.int64))
+            raise
+        hit = min(self.kv.num_cached(row) for row in ids)
+        self.ids = np.array(ids, np.int64)
+        self.kv.truncate(self.ids, np.full(len(ids), hit))
+        self._prompt, self.length, self._num_known = prompt, hit, hit
+        self.num_hit_tokens += hit * len(ids)
+        return hit
+
+    def record(self, sequences: _Ids) -> None:
+        """Tell the tokens that steps did not: row i holds the beginning of sequences[i].
+
+        After a reorder that is not so; then only what is known already stays a prefix hit.
+        """
+        unknown = self.length - self._num_known
+        if self._num_known < 0 or not unknown or self._reordered:
+            return
+        if len(sequences) != len(self.ids) or sequences.shape[1] < self.length:
+            raise InvalidSpec(
+                f"sequences must be what generate() returned, [{len(self.ids)}, {self.length} or "
+                f"more], got {list(sequences.shape)}"
+            )
+        tokens = np.ascontiguousarray(sequences[:, self._num_known : self.length])
+        self.kv.record(self.ids, tokens.reshape(-1), counts=np.full(len(self.ids), unknown))
+        self._num_known = self.length
+
+    def stats(self) -> CacheStats:
+        manager = self.kv.manager
+        tables = [manager.block_table(int(row)) for row in self.ids]
+        _, counts = np.unique(np.concatenate([*tables, np.empty(0, np.int32)]), return_counts=True)
+        stats = manager.stats()
+        block_bytes = self.kv.spec.block_bytes
+        return CacheStats(
+            num_rows=len(self.ids),
+            length=self.length,
+            num_blocks=len(counts),
+            num_shared_blocks=int((counts > 1).sum()),
+            num_copies=stats.num_copies,
+            num_hit_tokens=self.num_hit_tokens,
+            kv_bytes=len(counts) * block_bytes,
+            peak_bytes=stats.num_peak_blocks * block_bytes,
+            dense_peak_bytes=self.dense_peak_bytes,
+        )

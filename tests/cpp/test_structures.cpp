@@ -1,0 +1,85 @@
+// The small structures of core: pool, eviction order, index, sequence table.
+#include <doctest/doctest.h>
+
+#include <vector>
+
+#include "core/block_pool.h"
+#include "core/check.h"
+#include "core/error.h"
+#include "core/eviction_order.h"
+#include "core/prefix_index.h"
+#include "core/sequence.h"
+
+using namespace pagedkv;
+
+TEST_CASE("a pool hands out each block once, the last one given back first") {
+  BlockPool pool(3);
+  const BlockId a = pool.take();
+  const BlockId b = pool.take();
+  const BlockId c = pool.take();
+  CHECK(index(a) + index(b) + index(c) == 1 + 2 + 3);
+  CHECK(pool.num_free() == 0);
+  CHECK_THROWS_AS(pool.take(), BrokenInvariant);
+  pool.give(b);
+  CHECK(pool.take() == b);
+  CHECK_THROWS_AS(pool.give(BlockId{4}), BrokenInvariant);
+  CHECK_THROWS_AS(pool.give(BlockId::none), BrokenInvariant);
+}
+
+TEST_CASE("a pool refuses more blocks than it has") {
+  BlockPool pool(1);
+  CHECK_THROWS_AS(pool.give(BlockId{1}), BrokenInvariant);
+}
+
+TEST_CASE("the eviction order goes from cold to hot") {
+  EvictionOrder order;
+  order.ensure(8);
+  CHECK(order.coldest() < NodeId{0});
+  order.push_hot(NodeId{1});
+  order.push_hot(NodeId{2});
+  order.push_cold(NodeId{3});
+  order.push_behind(NodeId{4}, NodeId{1});
+  const auto read = [&order] {
+    std::vector<int> nodes;
+    for (NodeId id = order.coldest(); id >= NodeId{0}; id = order.hotter(id)) {
+      nodes.push_back(static_cast<int>(id));
+    }
+    return nodes;
+  };
+  CHECK(read() == std::vector{3, 1, 4, 2});
+  order.remove(NodeId{1});
+  CHECK(read() == std::vector{3, 4, 2});
+  CHECK(order.size() == 3);
+  CHECK(!order.contains(NodeId{1}));
+  CHECK_THROWS_AS(order.remove(NodeId{1}), BrokenInvariant);
+  CHECK_THROWS_AS(order.push_hot(NodeId{4}), BrokenInvariant);
+}
+
+TEST_CASE("the index finds the newest first and survives collisions") {
+  PrefixIndex by_hash(4);
+  by_hash.ensure(8);
+  for (int i = 0; i < 8; ++i) by_hash.insert(NodeId{i}, 5);
+  CHECK(by_hash.first(5) == NodeId{7});
+  CHECK(by_hash.next(NodeId{7}) == NodeId{6});
+  CHECK(by_hash.erase(NodeId{6}, 5));
+  CHECK(by_hash.next(NodeId{7}) == NodeId{5});
+  CHECK(!by_hash.erase(NodeId{6}, 5));
+  CHECK(by_hash.first(6) == NodeId::none);
+}
+
+TEST_CASE("an id dies with its sequence, even when its slot lives on") {
+  SequenceTable table;
+  const std::uint32_t slot = table.open();
+  table[slot].tip = NodeId{0};
+  const SequenceId first = table.id(slot);
+  CHECK(table.slot(first) == slot);
+  table.close(slot);
+  CHECK_THROWS_AS(table.slot(first), UnknownSequence);
+  const std::uint32_t again = table.open();
+  table[again].tip = NodeId{0};
+  CHECK(again == slot);
+  CHECK(table.id(again) != first);
+  CHECK_THROWS_AS(table.slot(first), UnknownSequence);
+  CHECK_THROWS_AS(table.slot(SequenceId{-1}), UnknownSequence);
+  CHECK(table.size() == 1);
+}
