@@ -76,7 +76,14 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'pagedkv' has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
+    try:
+        value = getattr(import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        raise ImportError(
+            f"pagedkv.{name} needs {error.name}: pip install 'pagedkv[{error.name}]'"
+        ) from error
     globals()[name] = value
     return value
 

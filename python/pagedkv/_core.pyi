@@ -206,7 +206,7 @@ class BlockManager:
     def rollback(self, plan: StepPlan) -> None:
         """Close the step as if it had not been: paths, lengths and counts are as before."""
     def record(self, ids: _Buffer, tokens: _Buffer, *, counts: _Buffer | None = None) -> None:
-        """Tell tokens that were appended without: `counts[b]` (default 1) per sequence, in order."""
+        """Tell tokens that were appended without: `counts[b]` (default 1) each, in order."""
     def fork(self, id: int, n: int) -> _Int64:
         """n ids that share all of `id`; the first is `id` itself."""
     def reorder(self, ids: _Buffer, parents: _Buffer) -> None:

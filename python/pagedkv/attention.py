@@ -115,8 +115,8 @@ def _dense(
     group = q.shape[1] // k.shape[1]
     scores = q.unflatten(1, (-1, group)).flatten(2, 3) @ k.transpose(-1, -2)
     weights = _weights(scores.unflatten(2, (group, -1)).flatten(1, 2), scale, softcap, mask)
-    found = weights.unflatten(1, (-1, group)).flatten(2, 3) @ v
-    return found.unflatten(2, (group, -1)).flatten(1, 2)
+    found: torch.Tensor = weights.unflatten(1, (-1, group)).flatten(2, 3) @ v
+    return found.reshape(q.shape[0], q.shape[1], q.shape[2], -1)
 
 
 def _weights(
@@ -127,7 +127,8 @@ def _weights(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        visible = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -torch.inf) if visible else scores + mask
     return torch.softmax(scores, -1).to(dtype)
 
 
@@ -166,6 +167,6 @@ def _shared(
         mask = mask.unflatten(1, (num_heads, -1)).squeeze(3)
     weights = _weights(scores, scale, softcap, mask)
     run_weights = weights[..., :num_shared].transpose(0, 1).flatten(1, 2)  # [H, n * G, S]
-    found = (run_weights @ v_run[0]).unflatten(1, (n, -1)).transpose(0, 1)
+    found: torch.Tensor = (run_weights @ v_run[0]).unflatten(1, (n, -1)).transpose(0, 1)
     found = found + weights[..., num_shared:] @ v_tail
     return found.reshape(n, q.shape[1], 1, -1)

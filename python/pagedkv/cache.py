@@ -176,9 +176,9 @@ class KVCache:
         device, InvalidState if `step` is not this cache's open one.
         """
         self._require(step)
-        slots = step.plan.slots
+        slots, pools = step.plan.slots, self._pools(layer)
         for i, source in enumerate((k, v)):
-            pool = self._layers[layer][i]
+            pool = pools[i]
             if source.shape != (len(slots), *pool.shape[2:]) or source.device != pool.device:
                 raise InvalidSpec(
                     f"{'kv'[i]} is {list(source.shape)} on {source.device}, expected "
@@ -212,7 +212,7 @@ class KVCache:
         """
         width = int(num_tokens.max()) if len(num_tokens) else 0
         found = []
-        for i, pool in enumerate(self._layers[layer]):
+        for i, pool in enumerate(self._pools(layer)):
             shape = (len(num_tokens), pool.shape[2], width, pool.shape[3])
             space = self._workspace(2 * part + i, math.prod(shape) * pool.element_size())
             self._pool.gather(
@@ -243,6 +243,7 @@ class KVCache:
         self._require(step)
         if backend not in ("auto", "gather"):
             raise InvalidSpec(f'backend is {backend!r}, expected "auto" or "gather"')
+        self._pools(layer)
         if window is None:
             window = self.spec.layers[layer].window
         return attention.attend(
@@ -253,11 +254,18 @@ class KVCache:
 
     def k(self, layer: int) -> torch.Tensor:
         """The layer's keys, a view [N, P, H, k_dim]; block 0 is padding."""
-        return self._layers[layer][0]
+        return self._pools(layer)[0]
 
     def v(self, layer: int) -> torch.Tensor:
         """The layer's values, a view [N, P, H, v_dim]."""
-        return self._layers[layer][1]
+        return self._pools(layer)[1]
+
+    def _pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._closed:
+            raise InvalidState("this cache is closed")
+        if isinstance(layer, bool) or not 0 <= layer < len(self._layers):
+            raise InvalidSpec(f"layer is {layer}, expected 0 to {len(self._layers) - 1}")
+        return self._layers[layer]
 
     @property
     def pool_bytes(self) -> int:
@@ -280,7 +288,7 @@ class KVCache:
 
     def _require(self, step: Step) -> None:
         if step is not self._step:
-            raise InvalidState("this step is not open in this cache: it was closed, or is another's")
+            raise InvalidState("this step is not open here: it was closed, or is another cache's")
 
     def close(self) -> None:
         """Give the memory back. The cache refuses further commands; a second close is nothing."""
@@ -338,7 +346,9 @@ def _allocate(
             rows = memory[offset : offset + num_blocks * part].view(num_blocks, part)
             offset += num_blocks * part
         typed = rows.view(getattr(torch, layer.dtype))
-        return typed.unflatten(1, (spec.block_size, layer.num_kv_heads, dim))
+        shape = (spec.block_size, layer.num_kv_heads, dim)
+        found: torch.Tensor = typed.unflatten(1, shape)
+        return found
 
     for layer in spec.layers:
         k = view(layer, layer.k_bytes, layer.k_dim)

@@ -20,15 +20,20 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from transformers import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pagedkv.cache import KVCache
 from pagedkv.errors import InvalidState
-from pagedkv.integrations import _attention
+from pagedkv.integrations._attention import attends_paged
 from pagedkv.integrations._forward import AttentionSwitch, fold_rows, unfold_rows
 from pagedkv.integrations._rows import CacheStats, OpenStep, Rows
 from pagedkv.spec import KVSpec
 
 __all__ = ["CacheStats", "PagedCache", "attach"]
+
+# A forward with more new tokens per row than this has work enough for the model's own attention
+# function over gathered rows to be the faster way.
+_MAX_PAGED_QUERIES = 16
 
 
 @dataclass
@@ -47,7 +52,6 @@ class _Forward:
     open_step: OpenStep | None = None
     next_layer: int = 0
     unread: int | None = None
-    groups: list[_attention.Group] | None = None
 
 
 class PagedCache(Cache):
@@ -99,7 +103,7 @@ class PagedCache(Cache):
             layout="layer_major",
         )
         if paged_attention is None:
-            paged_attention = getattr(model, "_supports_attention_backend", False)
+            paged_attention = attends_paged(model)
         cache = cls(kv, paged_attention=paged_attention)
         cache._owns_kv = True
         attach(model)
@@ -134,7 +138,7 @@ class PagedCache(Cache):
         forward.next_layer += 1
         if forward.open_step.past:
             if forward.paged_attention:
-                key_states.pagedkv_layer = self._marks[layer_idx]  # type: ignore[attr-defined]
+                key_states.pagedkv_mark = self._marks[layer_idx]  # type: ignore[attr-defined]
                 forward.unread = layer_idx
             else:
                 key_states, value_states = kv.gather(layer_idx, step)
@@ -300,15 +304,20 @@ class PagedCache(Cache):
     # -- what the hooks on an attached model call ------------------------------------------------
 
     def _begin_forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Fold the rows of a forward's inputs."""
+        """Fold the rows of a forward's inputs, and choose how it attends."""
         self._rows.rollback()
-        forward = _Forward(attached=True, paged_attention=self._paged_attention)
+        forward = self._forward = _Forward(attached=True)
         folded = fold_rows(inputs, len(self._rows))
         if folded is not None:
             forward.batch = inputs["input_ids"].shape[0]
             inputs, forward.places = folded
         forward.input_ids = inputs.get("input_ids")
-        self._forward = forward
+        new = inputs.get("inputs_embeds") if forward.input_ids is None else forward.input_ids
+        # A first forward has no past to read, and is the model's own altogether.
+        has_past = self._paged_attention and self._rows.length > 0
+        forward.paged_attention = (
+            has_past and new is not None and new.shape[1] <= _MAX_PAGED_QUERIES
+        )
         return inputs
 
     def _end_forward(self, output: Any) -> Any:
@@ -336,31 +345,27 @@ class PagedCache(Cache):
         module: torch.nn.Module,
         query: torch.Tensor,
         mask: torch.Tensor | None,
-        options: dict[str, Any],
+        scale: float | None,
+        softcap: float | None,
     ) -> torch.Tensor:
-        """Attention of `query` [B, heads, Q, D] over all that the rows hold of a layer."""
+        """Attention of query [B, Hq, Q, D] over what the rows hold of a layer: [B, Q, Hq, D]."""
         forward = self._forward
         assert forward.open_step is not None
         forward.unread = None
         step = forward.open_step.step
-        if forward.groups is None:
-            forward.groups = _attention.group_rows(step.plan.block_tables, self.kv)
-        batch, _, num_queries, _ = query.shape
-        is_shared = batch == 1 or len(forward.groups) < batch
-        if not is_shared or num_queries > _attention.MAX_SHARED_QUERIES:
+        batch, _, num_new, _ = query.shape
+        if softcap is None and batch > 1 and len(step.shared_runs) == batch:
             keys, values = self.kv.gather(layer, step)
-            return _attention.dense_attention(module, query, keys, values, mask, options)
-        length = forward.open_step.past + forward.open_step.count
-        if mask is None and num_queries > 1:
-            mask = _attention.causal_mask(num_queries, length, query.device)
-        keys, values = self.kv.k(layer), self.kv.v(layer)
-        return _attention.shared_attention(
-            query, keys, values, forward.groups, length, mask, options
+            return sdpa_attention_forward(module, query, keys, values, mask, scaling=scale)[0]
+        tokens = query.transpose(1, 2).flatten(0, 1)
+        output = self.kv.attention(
+            layer, tokens, step, scale=scale, softcap=softcap, attn_mask=mask
         )
+        return output.view(batch, num_new, *output.shape[1:])
 
 
 class _Mark:
-    """Left on the keys that update() returns: which cache and layer they belong to."""
+    """What update() leaves on the keys that it returns: their cache and layer."""
 
     def __init__(self, cache: PagedCache, layer: int) -> None:
         self._cache = cache
@@ -371,9 +376,10 @@ class _Mark:
         module: torch.nn.Module,
         query: torch.Tensor,
         mask: torch.Tensor | None,
-        options: dict[str, Any],
+        scale: float | None,
+        softcap: float | None,
     ) -> torch.Tensor:
-        return self._cache._attend(self._layer, module, query, mask, options)
+        return self._cache._attend(self._layer, module, query, mask, scale, softcap)
 
 
 def _by_token(states: torch.Tensor) -> torch.Tensor:
@@ -399,7 +405,7 @@ def attach(model: Any) -> None:
             switch.off()  # in case a forward was interrupted
             return None
         kwargs = cache._begin_forward(kwargs)
-        if cache._paged_attention:
+        if cache._forward.paged_attention:
             switch.on()
         return args, kwargs
 

@@ -1,0 +1,98 @@
+"""The command line: `pagedkv info` and `pagedkv demo`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pagedkv.errors import KVError
+from pagedkv.info import CudaInfo, collect
+from pagedkv.units import format_bytes
+
+__all__ = ["main"]
+
+BAD_INPUT = 2  # the exit code that click uses for wrong options, too
+
+app = typer.Typer(
+    name="pagedkv",
+    help="KV-cache block manager for your own LLM inference code.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show versions, how the extension was built, and what CUDA finds."""
+    found = collect()
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_row("pagedkv", found.pagedkv)
+    table.add_row("_core", f"compiled by {found.compiler} as C++20")
+    table.add_row("_cuda", _cuda_line(found.cuda))
+    if found.cuda.built:
+        table.add_row("CUDA driver", found.cuda.driver or "none")
+        table.add_row("CUDA devices", "" if found.cuda.devices else f"none: {found.cuda.status}")
+    for device in found.cuda.devices:
+        major, minor = device["compute_capability"]
+        memory = format_bytes(device["total_bytes"])
+        table.add_row(f"  cuda:{device['index']}", f"{device['name']}, sm_{major}{minor}, {memory}")
+    table.add_row("platform", found.platform)
+    table.add_row("Python", found.python)
+    for package, version in found.packages.items():
+        table.add_row(package, version or "not installed")
+    Console(highlight=False, markup=False).print(table)
+
+
+def _cuda_line(cuda: CudaInfo) -> str:
+    if not cuda.built:
+        return "not built (build where nvcc is, or with -Ccmake.define.KV_CUDA=ON)"
+    return f"built with CUDA {cuda.runtime}; so far it tells devices only"
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str,
+        typer.Option(help='"smollm2", the path of a local transformers model, or "tiny".'),
+    ] = "smollm2",
+    device: Annotated[str, typer.Option(help='"auto", "cpu" or a CUDA device.')] = "auto",
+    out: Annotated[
+        Path,
+        typer.Option(help="Where the picture of the block tree goes.", dir_okay=False),
+    ] = Path("pagedkv-tree.png"),
+) -> None:
+    """Run text through a model with a dense and a paged cache, side by side."""
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"the folder {out.parent} does not exist", param_hint="--out")
+    try:
+        run = import_module("pagedkv.demo").run
+    except ImportError as error:
+        _fail(f"the demo needs more packages ({error}): pip install 'pagedkv[demo]'")
+    raise typer.Exit(run(model, device, out))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"pagedkv: {message}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+def main() -> None:
+    """Entry point. What the user can mend ends in a message and exit code 2, not a traceback."""
+    try:
+        app()
+    except KVError as error:
+        _fail(str(error))
