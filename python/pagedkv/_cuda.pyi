@@ -18,7 +18,7 @@ def driver_version() -> int:
     """The newest CUDA that the driver serves, 0 without a driver."""
 
 def status() -> str:
-    """"ok", or why there are no devices, in CUDA's words."""
+    """Why there are no devices, in CUDA's words; "ok" where nothing failed."""
 
 def devices() -> list[_Device]:
     """The devices that the driver shows to this process; empty unless status() is "ok"."""

@@ -1,0 +1,43 @@
+"""Short words for the tests of BlockManager: small pools, one sequence at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pagedkv as pk
+
+
+def admit(m: pk.BlockManager, tokens: list[int], salt: bytes = b"") -> int:
+    """A new sequence with all of `tokens`, committed."""
+    i = m.create(tokens, salt=salt)
+    rest = tokens[m.num_cached(i) :]
+    m.commit(m.append([i], rest, counts=[len(rest)]))
+    return i
+
+
+def late(m: pk.BlockManager, n: int) -> int:
+    """A new sequence of n tokens that are not known yet."""
+    i = m.create([])
+    m.commit(m.append([i], counts=[n]))
+    return i
+
+
+def table(m: pk.BlockManager, i: int) -> list[int]:
+    m.verify()
+    return list(m.block_table(i).tolist())
+
+
+def hit(m: pk.BlockManager, tokens: list[int], salt: bytes | str | None = None) -> int:
+    """How many of these tokens a prompt of them and one more would find."""
+    m.verify()
+    return int(m.lookup([*tokens, 0], salt=salt).num_tokens)
+
+
+def state(m: pk.BlockManager) -> tuple[Any, ...]:
+    """All that can be seen of a manager but its totals."""
+    snapshot, stats = m.snapshot(), m.stats()
+    names = ("parents", "blocks", "num_tokens", "counts", "published")
+    rows = ("sequence_ids", "sequence_nodes", "sequence_lengths")
+    arrays = [getattr(snapshot, name).tolist() for name in names + rows]
+    tables = [table(m, int(i)) for i in snapshot.sequence_ids]
+    return stats.device, stats.num_sequences, stats.num_logical_blocks, arrays, tables
