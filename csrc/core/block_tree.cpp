@@ -8,9 +8,8 @@
 namespace pagedkv {
 
 namespace {
-// How many children a partial lookup compares, and how many chain links it follows to find them.
+// How many children a partial lookup compares, the newest first.
 constexpr int kMaxPartialCandidates = 16;
-constexpr int kMaxPartialLinks = 64;
 }  // namespace
 
 BlockTree::BlockTree(std::int32_t num_device_blocks, std::int32_t num_host_blocks, int block_size,
@@ -18,8 +17,7 @@ BlockTree::BlockTree(std::int32_t num_device_blocks, std::int32_t num_host_block
     : block_size_(block_size),
       seed_(seed),
       pools_{BlockPool(num_device_blocks), BlockPool(num_host_blocks)},
-      by_path_(static_cast<std::size_t>(num_device_blocks) + num_host_blocks),
-      by_first_token_(static_cast<std::size_t>(num_device_blocks) + num_host_blocks) {
+      index_(static_cast<std::size_t>(num_device_blocks) + num_host_blocks) {
   // Every node but a root has a block in some tier, so only opening a root can run out of nodes.
   const std::size_t num_nodes = static_cast<std::size_t>(num_device_blocks) + num_host_blocks + 2;
   grow(num_nodes);
@@ -30,7 +28,7 @@ BlockTree::BlockTree(std::int32_t num_device_blocks, std::int32_t num_host_block
 
 std::size_t BlockTree::bytes() const {
   std::size_t sum = nodes_.capacity() * sizeof(Node) + tokens_.capacity() * sizeof(Token) +
-                    by_path_.bytes() + by_first_token_.bytes();
+                    index_.bytes();
   for (const auto& pool : pools_) sum += pool.bytes();
   for (const auto& order : orders_) sum += order.bytes();
   return sum;
@@ -50,8 +48,6 @@ NodeId BlockTree::new_node() {
 void BlockTree::grow(std::size_t num_nodes) {
   const std::size_t old = nodes_.size();
   tokens_.resize(num_nodes * std::size_t(block_size_));
-  by_path_.ensure(num_nodes);
-  by_first_token_.ensure(num_nodes);
   orders_[index(Tier::device)].ensure(num_nodes);
   if (pool(Tier::host).num_blocks() > 0) orders_[index(Tier::host)].ensure(num_nodes);
   nodes_.resize(num_nodes);
@@ -94,8 +90,7 @@ void BlockTree::remove(NodeId id, Tier tier) {
 void BlockTree::complete(NodeId id) {
   Node& n = at(id);
   n.hash = child_hash(n.parent, tokens(id));
-  by_path_.prefetch(n.hash);
-  by_first_token_.prefetch(first_token_hash(n.parent, tokens(id)[0]));
+  index_.prefetch(n.hash);
 }
 
 // ------------------------------------------------------------------------------------- roots
@@ -155,19 +150,11 @@ std::uint64_t BlockTree::child_hash(NodeId parent, const Token* tokens) const {
   return i < block_size_ ? mix(hash, static_cast<std::uint64_t>(tokens[i])) : hash;
 }
 
-std::uint64_t BlockTree::first_token_hash(NodeId parent, Token token) const {
-  return mix(~node(parent).hash, static_cast<std::uint64_t>(token));
-}
-
 NodeId BlockTree::find(NodeId parent, const Token* tokens, std::uint64_t hash) const {
   const std::size_t bytes = std::size_t(block_size_) * sizeof(Token);
-  for (NodeId id = by_path_.first(hash); id != NodeId::none; id = by_path_.next(id)) {
-    const Node& n = node(id);
-    if (n.hash == hash && n.parent == parent && !std::memcmp(this->tokens(id), tokens, bytes)) {
-      return id;
-    }
-  }
-  return NodeId::none;
+  return index_.find(hash, [&](NodeId id) {
+    return node(id).parent == parent && std::memcmp(this->tokens(id), tokens, bytes) == 0;
+  });
 }
 
 NodeId BlockTree::find_child(NodeId parent, const Token* tokens) const {
@@ -181,16 +168,12 @@ NodeId BlockTree::find_equal(NodeId id) const {
 std::pair<NodeId, int> BlockTree::find_partial(NodeId parent,
                                                std::span<const Token> tokens) const {
   std::pair<NodeId, int> best{NodeId::none, 0};
-  if (tokens.empty()) return best;
   const std::size_t most = std::min(tokens.size(), std::size_t(block_size_));
   int candidates = 0;
-  int links = 0;
-  for (NodeId id = by_first_token_.first(first_token_hash(parent, tokens[0]));
-       id != NodeId::none && candidates < kMaxPartialCandidates && links < kMaxPartialLinks;
-       id = by_first_token_.next(id), ++links) {
+  for (NodeId id = node(parent).first_child;
+       id != NodeId::none && candidates < kMaxPartialCandidates;
+       id = node(id).next_sibling, ++candidates) {
     const Token* own = this->tokens(id);
-    if (node(id).parent != parent || own[0] != tokens[0]) continue;
-    ++candidates;
     const auto run = std::mismatch(own, own + most, tokens.data()).first - own;
     if (run > best.second) best = {id, static_cast<int>(run)};
   }
@@ -247,8 +230,8 @@ void BlockTree::evict_one(Tier tier) {
   order.remove(id);
   if (order.size() > 0) {  // the next to go, most likely
     const NodeId next = order.coldest();
-    by_path_.prefetch(node(next).hash);
-    by_first_token_.prefetch(first_token_hash(node(next).parent, tokens(next)[0]));
+    index_.prefetch(node(next).hash);
+    if (order.size() > 1) __builtin_prefetch(&nodes_[index(order.hotter(next))]);
   }
   const NodeId parent = node(id).parent;
   unpublish(id);
@@ -284,15 +267,13 @@ void BlockTree::publish(NodeId id) {
   KV_CHECK(!n.published && may_publish(id));
   n.published = 1;
   link_child(id);
-  by_path_.insert(id, n.hash);
-  by_first_token_.insert(id, first_token_hash(n.parent, tokens(id)[0]));
+  index_.insert(id, n.hash);
 }
 
 void BlockTree::unpublish(NodeId id) {
   Node& n = at(id);
   KV_CHECK(n.published && n.first_child == NodeId::none);
-  KV_CHECK(by_path_.erase(id, n.hash));
-  KV_CHECK(by_first_token_.erase(id, first_token_hash(n.parent, tokens(id)[0])));
+  KV_CHECK(index_.erase(id, n.hash));
   unlink_child(id);
   n.published = 0;
 }

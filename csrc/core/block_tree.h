@@ -131,7 +131,6 @@ class BlockTree {
   void unpublish_subtree(NodeId root);
   NodeId find(NodeId parent, const Token* tokens, std::uint64_t hash) const;
   std::uint64_t child_hash(NodeId parent, const Token* tokens) const;
-  std::uint64_t first_token_hash(NodeId parent, Token token) const;
 
   int block_size_;
   std::uint64_t seed_;
@@ -141,8 +140,7 @@ class BlockTree {
   std::array<BlockPool, kNumTiers> pools_;
   std::array<EvictionOrder, kNumTiers> orders_;
   std::size_t num_roots_ = 0;
-  PrefixIndex by_path_;         // published nodes, by the hash of their whole path
-  PrefixIndex by_first_token_;  // published nodes, by their parent's path and their first token
+  PrefixIndex index_;  // published nodes
   Roots roots_;
   std::unordered_map<NodeId, std::string> salts_;  // the other way round
   std::int64_t num_evicted_ = 0;

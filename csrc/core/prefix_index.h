@@ -1,7 +1,7 @@
-// Finds candidate nodes by hash. It decides nothing: callers compare parent and tokens.
+// Finds published nodes by the hash of their path. It decides nothing: callers compare parent and
+// tokens.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 #include <vector>
 
@@ -16,44 +16,62 @@ inline std::uint64_t mix(std::uint64_t state, std::uint64_t word) {
   return static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64);
 }
 
-// A hash table of nodes with chains through an array, the newest first in its chain. Inserting and
-// erasing never allocate once ensure() has made room for the node.
+// Open addressing with linear probing, at most two thirds full. A slot holds half of the hash, so
+// that a search reads a node only if it is most likely the one. Nothing allocates after the start.
 class PrefixIndex {
  public:
-  explicit PrefixIndex(std::size_t num_blocks)
-      : buckets_(std::bit_ceil(num_blocks | 1), NodeId::none), mask_(buckets_.size() - 1) {}
+  explicit PrefixIndex(std::size_t num_blocks) : slots_(num_blocks + num_blocks / 2 + 8) {}
 
-  void ensure(std::size_t num_nodes) {
-    if (next_.size() < num_nodes) next_.resize(num_nodes, NodeId::none);
+  // The first node of this hash for which same(node), or none.
+  template <class Same>
+  NodeId find(std::uint64_t hash, Same&& same) const {
+    const std::uint32_t tag = tag_of(hash);
+    for (std::size_t i = home(tag); slots_[i].node != NodeId::none; i = after(i)) {
+      if (slots_[i].tag == tag && same(slots_[i].node)) return slots_[i].node;
+    }
+    return NodeId::none;
   }
 
-  NodeId first(std::uint64_t hash) const { return buckets_[hash & mask_]; }
-  NodeId next(NodeId node) const { return next_[index(node)]; }
-  void prefetch(std::uint64_t hash) const { __builtin_prefetch(&buckets_[hash & mask_]); }
+  void prefetch(std::uint64_t hash) const { __builtin_prefetch(&slots_[home(tag_of(hash))]); }
 
   void insert(NodeId node, std::uint64_t hash) {
-    NodeId& bucket = buckets_[hash & mask_];
-    next_[index(node)] = bucket;
-    bucket = node;
+    std::size_t i = home(tag_of(hash));
+    while (slots_[i].node != NodeId::none) i = after(i);
+    slots_[i] = {tag_of(hash), node};
   }
 
   // Returns false if the node was not there.
   bool erase(NodeId node, std::uint64_t hash) {
-    NodeId* link = &buckets_[hash & mask_];
-    while (*link != node) {
-      if (*link == NodeId::none) return false;
-      link = &next_[index(*link)];
+    std::size_t gap = home(tag_of(hash));
+    while (slots_[gap].node != node) {
+      if (slots_[gap].node == NodeId::none) return false;
+      gap = after(gap);
     }
-    *link = next_[index(node)];
+    // Close the gap with what comes later in the run and may stand there.
+    for (std::size_t i = after(gap); slots_[i].node != NodeId::none; i = after(i)) {
+      const std::size_t wanted = home(slots_[i].tag);
+      const bool stays = gap <= i ? gap < wanted && wanted <= i : gap < wanted || wanted <= i;
+      if (stays) continue;
+      slots_[gap] = slots_[i];
+      gap = i;
+    }
+    slots_[gap].node = NodeId::none;
     return true;
   }
 
-  std::size_t bytes() const { return (buckets_.capacity() + next_.capacity()) * sizeof(NodeId); }
+  std::size_t bytes() const { return slots_.capacity() * sizeof(Slot); }
 
  private:
-  std::vector<NodeId> buckets_;
-  std::uint64_t mask_;
-  std::vector<NodeId> next_;
+  struct Slot {
+    std::uint32_t tag = 0;
+    NodeId node = NodeId::none;
+  };
+
+  static std::uint32_t tag_of(std::uint64_t hash) { return static_cast<std::uint32_t>(hash >> 32); }
+  std::size_t home(std::uint32_t tag) const { return (std::uint64_t{tag} * slots_.size()) >> 32; }
+  std::size_t after(std::size_t i) const { return i + 1 == slots_.size() ? 0 : i + 1; }
+
+  std::vector<Slot> slots_;
 };
 
 }  // namespace pagedkv

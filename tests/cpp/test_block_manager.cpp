@@ -76,7 +76,7 @@ TEST_CASE("the same commands give the same plans, whatever the seed of the hashe
     for (int i = 0; i < 2000; ++i) {
       try {
         if (live.empty() || random() % 4 == 0) {
-          live.push_back(m.create(tokens(static_cast<int>(random() % 20), random() % 3), ""));
+          live.push_back(m.create(tokens(static_cast<int>(random() % 20), static_cast<int>(random() % 3)), ""));
         }
         const SequenceId id = live[random() % live.size()];
         if (random() % 5 == 0) {
@@ -84,7 +84,7 @@ TEST_CASE("the same commands give the same plans, whatever the seed of the hashe
           release(m, id);
           continue;
         }
-        const auto new_tokens = tokens(static_cast<int>(1 + random() % 6), random() % 2);
+        const auto new_tokens = tokens(static_cast<int>(1 + random() % 6), static_cast<int>(random() % 2));
         const auto count = static_cast<std::int64_t>(new_tokens.size());
         const StepPlan& plan = m.append({&id, 1}, new_tokens, true, {&count, 1});
         logs[k].insert(logs[k].end(), plan.slots, plan.slots + plan.num_tokens);

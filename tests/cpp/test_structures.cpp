@@ -1,6 +1,7 @@
 // The small structures of core: pool, eviction order, index, sequence table.
 #include <doctest/doctest.h>
 
+#include <random>
 #include <vector>
 
 #include "core/block_pool.h"
@@ -55,16 +56,29 @@ TEST_CASE("the eviction order goes from cold to hot") {
   CHECK_THROWS_AS(order.push_hot(NodeId{4}), BrokenInvariant);
 }
 
-TEST_CASE("the index finds the newest first and survives collisions") {
-  PrefixIndex by_hash(4);
-  by_hash.ensure(8);
-  for (int i = 0; i < 8; ++i) by_hash.insert(NodeId{i}, 5);
-  CHECK(by_hash.first(5) == NodeId{7});
-  CHECK(by_hash.next(NodeId{7}) == NodeId{6});
-  CHECK(by_hash.erase(NodeId{6}, 5));
-  CHECK(by_hash.next(NodeId{7}) == NodeId{5});
-  CHECK(!by_hash.erase(NodeId{6}, 5));
-  CHECK(by_hash.first(6) == NodeId::none);
+TEST_CASE("the index agrees with a list, through collisions and wrap-around") {
+  constexpr int kNodes = 40;
+  PrefixIndex nodes(kNodes);
+  std::vector<std::uint64_t> hashes(kNodes);
+  std::vector<bool> inside(kNodes);
+  std::mt19937_64 random(3);
+  // Few homes, the last ones of the table among them.
+  for (auto& hash : hashes) hash = (random() % 3 == 0 ? ~std::uint64_t{0} : random() % 4 << 61);
+  for (int i = 0; i < 20'000; ++i) {
+    const auto n = static_cast<std::size_t>(random() % kNodes);
+    const NodeId id{static_cast<std::int32_t>(n)};
+    if (inside[n]) {
+      CHECK(nodes.erase(id, hashes[n]));
+    } else {
+      CHECK(!nodes.erase(id, hashes[n]));
+      nodes.insert(id, hashes[n]);
+    }
+    inside[n] = !inside[n];
+    const auto k = static_cast<std::size_t>(random() % kNodes);
+    const NodeId other{static_cast<std::int32_t>(k)};
+    const NodeId found = nodes.find(hashes[k], [other](NodeId node) { return node == other; });
+    CHECK(found == (inside[k] ? other : NodeId::none));
+  }
 }
 
 TEST_CASE("an id dies with its sequence, even when its slot lives on") {

@@ -15,6 +15,7 @@ import pytest
 
 import pagedkv
 from pagedkv import errors
+from pagedkv.info import collect
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -57,7 +58,9 @@ def test_control_plane_and_spec_need_no_torch() -> None:
     run = python(
         HIDE.format(hidden=["torch", "transformers"])
         + "import pagedkv as pk\n"
-        + "m = pk.BlockManager(8); s = m.create([1, 2, 3]); m.commit(m.append([s], [1], counts=[1]))\n"
+        + "m = pk.BlockManager(8)\n"
+        + "s = m.create([1, 2, 3])\n"
+        + "m.commit(m.append([s], [1]))\n"
         + "spec = pk.KVSpec(num_layers=1, num_kv_heads=1, head_dim=8, dtype='float16')\n"
         + "print(m.length(s), m.stats().num_sequences)"
     )
@@ -205,7 +208,7 @@ def test_cuda_answers_with_and_without_a_driver() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not cuda_is_built(), reason="built without the _cuda module")
+@pytest.mark.skipif(not collect().cuda.devices, reason="no CUDA device, or built without _cuda")
 def test_cuda_and_torch_see_the_same_devices() -> None:
     torch = pytest.importorskip("torch")
     cuda = importlib.import_module("pagedkv._cuda")
