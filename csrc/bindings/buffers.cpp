@@ -147,18 +147,11 @@ void Argument<T>::read_sequence(const char* name, py::handle object) {
     const auto item = py::reinterpret_steal<py::object>(PySequence_GetItem(items.ptr(), i));
     if (!item) throw py::error_already_set();
     const std::string where = std::string(name) + "[" + std::to_string(i) + "]";
-    if (PyBool_Check(item.ptr()) || !PyIndex_Check(item.ptr())) {
-      throw InvalidSpec(where + " is a " + type_name(item) + ", expected an int");
-    }
-    const auto integer = py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()));
-    if (!integer) throw py::error_already_set();
-    int overflow = 0;
-    const long long value = PyLong_AsLongLongAndOverflow(integer.ptr(), &overflow);
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    const std::int64_t value = int_argument(where.c_str(), item);
     T converted{};
-    if (overflow != 0 || !convert(&value, 1, &converted)) {
-      throw InvalidSpec(where + " is " + std::string(py::str(integer)) + ", expected " +
-                        (std::is_same_v<T, Token> ? "a token id, 0 to 2147483647" : "an int64"));
+    if (!convert(&value, 1, &converted)) {
+      throw InvalidSpec(where + " is " + std::to_string(value) +
+                        ", expected a token id, 0 to 2147483647");
     }
     copy_.push_back(converted);
   }
@@ -203,14 +196,21 @@ std::optional<std::string_view> salt_argument(py::handle object) {
 }
 
 std::int64_t int_argument(const char* name, py::handle object) {
+  const auto refuse_int = [&](const std::string& found) {
+    throw InvalidSpec(std::string(name) + " is " + found + ", expected an int64");
+  };
   if (PyBool_Check(object.ptr()) || !PyIndex_Check(object.ptr())) {
-    throw InvalidSpec(std::string(name) + " is a " + type_name(object) + ", expected an int");
+    refuse_int("a " + type_name(object));
   }
   const auto integer = py::reinterpret_steal<py::object>(PyNumber_Index(object.ptr()));
-  if (!integer) throw py::error_already_set();
+  if (!integer) {
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
+    PyErr_Clear();
+    refuse_int("a " + type_name(object));
+  }
   int overflow = 0;
   const long long value = PyLong_AsLongLongAndOverflow(integer.ptr(), &overflow);
-  if (overflow != 0) throw InvalidSpec(std::string(name) + " does not fit an int64");
+  if (overflow != 0) refuse_int("too large or too small");
   return value;
 }
 

@@ -69,18 +69,23 @@ std::int64_t create(const PyManager& m, const py::object& tokens, const py::obje
   });
 }
 
+// To core an empty span means one token each, to Python only an absent argument does.
+Ints counts_argument(const Ints& ids, const py::object& counts) {
+  auto each = Ints::optional("counts", counts);
+  if (each.given() && each.span().size() != ids.span().size()) {
+    throw InvalidSpec("counts has " + std::to_string(each.span().size()) + " entries, expected " +
+                      std::to_string(ids.span().size()) + ", one for each of ids");
+  }
+  return each;
+}
+
 StepPlanHandle append(const PyManager& m, const py::object& ids, const py::object& tokens,
                       const py::object& counts) {
   return enter(*m.state, [&](BlockManager& core) {
     const Ints batch("ids", ids);
     const auto known = Tokens::optional("tokens", tokens);
-    const auto lengths = Ints::optional("counts", counts);
-    if (lengths.given() && lengths.span().size() != batch.span().size()) {
-      throw InvalidSpec("counts has " + std::to_string(lengths.span().size()) +
-                        " entries, expected " + std::to_string(batch.span().size()) +
-                        ", one for each of ids");
-    }
-    const StepPlan& plan = core.append(as_ids(batch), known.span(), known.given(), lengths.span());
+    const Ints each = counts_argument(batch, counts);
+    const StepPlan& plan = core.append(as_ids(batch), known.span(), known.given(), each.span());
     return StepPlanHandle{m.state, plan.step, py::reinterpret_steal<py::tuple>(nullptr)};
   });
 }
@@ -194,10 +199,7 @@ void bind_manager(py::module_& m) {
             enter(*self.state, [&](BlockManager& core) {
               const Ints batch("ids", ids);
               const Tokens known("tokens", tokens);
-              const auto each = Ints::optional("counts", counts);
-              if (each.given() && each.span().empty() && !batch.span().empty()) {
-                throw InvalidSpec("counts has 0 entries, expected one for each of ids");
-              }
+              const Ints each = counts_argument(batch, counts);
               core.record(as_ids(batch), known.span(), each.span());
             });
           },
@@ -230,7 +232,7 @@ void bind_manager(py::module_& m) {
           [](const PyManager& self, const py::object& ids, const py::object& counts) {
             return enter(*self.state, [&](BlockManager& core) {
               const Ints batch("ids", ids);
-              const auto each = Ints::optional("counts", counts);
+              const Ints each = counts_argument(batch, counts);
               return core.num_needed(as_ids(batch), each.span());
             });
           },

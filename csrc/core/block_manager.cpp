@@ -138,7 +138,14 @@ SequenceId BlockManager::create(std::span<const Token> tokens, std::string_view 
   sequence.length = sequence.known = sequence.cached = length;
   num_logical_ += num_blocks(length);
   totals_.num_hit_tokens += length;
+  note_peak();
   return sequences_.id(slot);
+}
+
+void BlockManager::note_peak() {
+  const std::int64_t num_active =
+      tree_.pool(Tier::device).num_blocks() - tree_.num_available(Tier::device);
+  totals_.num_peak_blocks = std::max(totals_.num_peak_blocks, num_active);
 }
 
 PrefixHit BlockManager::lookup(std::span<const Token> tokens, std::string_view salt) const {

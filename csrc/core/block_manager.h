@@ -141,6 +141,7 @@ class BlockManager {
   NodeId ancestor(NodeId node, std::int32_t steps) const;
   std::int32_t num_common_blocks(const Sequence& a, const Sequence& b) const;
   void fill_row(Sequence& sequence) const;
+  void note_peak();
   void publish_chain(Sequence& sequence, std::int32_t first_block);
 
   std::int64_t decide(std::span<const SequenceId> ids, std::span<const std::int64_t> counts,

@@ -182,9 +182,7 @@ const StepPlan& BlockManager::append(std::span<const SequenceId> ids, std::span<
   plan_.copies = buffers_.copies;
   plan_.table_updates = buffers_.table_updates;
   totals_.num_copies += static_cast<std::int64_t>(buffers_.copies.size());
-  totals_.num_peak_blocks =
-      std::max<std::int64_t>(totals_.num_peak_blocks,
-                             tree_.pool(Tier::device).num_blocks() - tree_.num_available(Tier::device));
+  note_peak();
   return plan_;
 }
 

@@ -1,28 +1,26 @@
-"""How long the random tests run: `--runs=N` programs each, and hypothesis' profiles."""
+"""How long the random tests run: `--runs=N` programs each. What fails prints how to repeat it."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-# What fails prints the seed, or the blob that @reproduce_failure takes.
-for name, size in (("dev", 40), ("ci", 400)):
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--runs", type=int, default=60, help="random programs in each such test")
+    parser.addoption("--first-seed", type=int, default=0, help="of these programs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile(
-        name,
-        max_examples=size,
-        stateful_step_count=40,
+        "runs",
+        max_examples=config.getoption("--runs"),
+        stateful_step_count=50,
         deadline=None,
         print_blob=True,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
-settings.load_profile("dev")
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--runs", type=int, default=60, help="random programs that each such test runs"
-    )
-    parser.addoption("--first-seed", type=int, default=0, help="of the random programs")
+    settings.load_profile("runs")
 
 
 @pytest.fixture

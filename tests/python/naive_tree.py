@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
-MAX_CANDIDATES = 16  # children that a partial hit looks at, of those with the right first token
+MAX_CANDIDATES = 16  # newest children, which a partial hit looks at
 
 
 @dataclass(eq=False)
@@ -127,8 +127,7 @@ class NaiveTree:
                 break
             node, rest, full = child, rest[self.block_size :], full + self.block_size
         best, longest = node, 0
-        alike = [c for c in reversed(node.children) if c.tokens[:1] == rest[:1]]
-        for child in alike[:MAX_CANDIDATES]:
+        for child in node.children[: -MAX_CANDIDATES - 1 : -1]:
             run = common_run(child.tokens, rest)
             if run > longest:
                 best, longest = child, run

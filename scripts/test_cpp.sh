@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The C++ tests, first as released, then under AddressSanitizer and UndefinedBehaviorSanitizer.
+source "$(dirname "$0")/lib.sh"
+
+need cmake ninja
+bin=$(dirname "$PYTHON")
+for sanitize in "" address,undefined; do
+  say "C++ tests ${sanitize:+under $sanitize}"
+  build=$WORK/cpp-${sanitize:-plain}
+  "$bin/cmake" -G Ninja -S . -B "$build" -DCMAKE_MAKE_PROGRAM="$bin/ninja" \
+    -DKV_PYTHON=OFF -DKV_TESTS=ON -DKV_SANITIZE="$sanitize" \
+    -DCMAKE_COMPILE_WARNING_AS_ERROR=ON >"$build.log" || { cat "$build.log"; exit 1; }
+  "$bin/cmake" --build "$build" --target kv_tests
+  "$build/tests/cpp/kv_tests"
+done
