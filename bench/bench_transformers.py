@@ -82,7 +82,7 @@ def random_llama(layers: int = 16, hidden: int = 512, heads: int = 8, vocab: int
 
 
 def floor(model: Any, ids: torch.Tensor, copies: int, beams: int, new: int) -> None:
-    """The model's prefill of `copies` equal rows, and new - 1 steps of `beams` rows on one token."""
+    """A prefill of `copies` equal rows, and new - 1 steps of `beams` rows on one token."""
     with torch.no_grad():
         model(ids.repeat(copies, 1), past_key_values=DynamicCache(), logits_to_keep=1)
         token = ids[:, -1:].repeat(beams, 1)

@@ -138,9 +138,7 @@ def test_admission(measure: Measure, num_blocks: int, name: str, hit: int) -> No
         seed[0] += 1
         return (np.concatenate([shared[:hit], tokens(2048 - hit, seed[0])]),), {}
 
-    measure(
-        f"admit 2048, {name}", lambda p: admitted.append(admit(m, p)), setup=fresh, rounds=300
-    )
+    measure(f"admit 2048, {name}", lambda p: admitted.append(admit(m, p)), setup=fresh, rounds=300)
     m.verify()
 
 

@@ -92,8 +92,8 @@ Argument<T>::Argument(const char* name, py::handle object) : given_(true) {
   const bool wide = (format == 'l' || format == 'q') && buffer_.itemsize == 8;
   const bool narrow = (format == 'i' || format == 'l') && buffer_.itemsize == 4;
   if (!wide && !narrow) {
-    release_and_refuse("a buffer of format '" +
-                       std::string(buffer_.format ? buffer_.format : "B") + "'");
+    release_and_refuse("a buffer of format '" + std::string(buffer_.format ? buffer_.format : "B") +
+                       "'");
   }
   const auto size = static_cast<std::size_t>(buffer_.shape[0]);
   if (size > 1 && buffer_.strides[0] != buffer_.itemsize) release_and_refuse("not contiguous");
@@ -192,7 +192,8 @@ std::optional<std::string_view> salt_argument(py::handle object) {
     if (text != nullptr) return std::string_view(text, static_cast<std::size_t>(size));
     PyErr_Clear();
   }
-  throw InvalidSpec("salt is a " + type_name(object) + ", expected bytes or a str that UTF-8 holds");
+  throw InvalidSpec("salt is a " + type_name(object) +
+                    ", expected bytes or a str that UTF-8 holds");
 }
 
 std::int64_t int_argument(const char* name, py::handle object) {

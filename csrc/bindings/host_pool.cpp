@@ -26,9 +26,9 @@ class IntBuffer {
     if (PyObject_GetBuffer(object.ptr(), &buffer_, PyBUF_STRIDED_RO | PyBUF_FORMAT) != 0) {
       throw py::error_already_set();
     }
-    const bool right = buffer_.ndim == ndim && buffer_.itemsize == sizeof(std::int32_t) &&
-                       (buffer_.shape[ndim - 1] < 2 ||
-                        buffer_.strides[ndim - 1] == sizeof(std::int32_t));
+    const bool right =
+        buffer_.ndim == ndim && buffer_.itemsize == sizeof(std::int32_t) &&
+        (buffer_.shape[ndim - 1] < 2 || buffer_.strides[ndim - 1] == sizeof(std::int32_t));
     if (right) return;
     PyBuffer_Release(&buffer_);
     throw py::type_error("expected an int32 buffer with a contiguous last dimension");
@@ -69,41 +69,44 @@ void bind_host_pool(py::module_& m) {
              return HostPool(std::move(list), num_blocks, block_size);
            }),
            py::arg("regions"), py::arg("num_blocks"), py::arg("block_size"))
-      .def("copy_blocks",
-           [](const HostPool& pool, const py::object& copies) {
-             const IntBuffer rows(copies, 2);
-             if (rows.size(1) != 3 || (rows.size(0) > 1 && rows.stride(0) != 3)) {
-               throw py::type_error("copies: expected contiguous rows of three");
-             }
-             pool.copy_blocks({rows.data(), static_cast<std::size_t>(rows.size(0) * 3)});
-           },
-           py::arg("copies"))
-      .def("scatter",
-           [](const HostPool& pool, std::size_t region, const py::object& slots,
-              std::uintptr_t source, std::int64_t source_stride) {
-             const Argument<std::int64_t> to("slots", slots);
-             run(static_cast<std::int64_t>(to.span().size()) * source_stride, [&] {
-               pool.scatter(region, to.span(), pointer<const std::byte>(source), source_stride);
-             });
-           },
-           py::arg("region"), py::arg("slots"), py::arg("source"), py::arg("source_stride"))
-      .def("gather",
-           [](const HostPool& pool, std::size_t region, const py::object& block_tables,
-              std::int32_t first_block, const py::object& num_tokens, std::int32_t num_heads,
-              std::int32_t width, std::uintptr_t target) {
-             const IntBuffer table(block_tables, 2);
-             const IntBuffer tokens(num_tokens, 1);
-             const TableView view{table.data(), table.stride(0),
-                                  static_cast<std::int32_t>(table.size(0)),
-                                  static_cast<std::int32_t>(table.size(1))};
-             run(table.size(0) * width * 256, [&] {
-               pool.gather(region, view, first_block,
-                           {tokens.data(), static_cast<std::size_t>(tokens.size(0))}, num_heads,
-                           width, pointer<std::byte>(target));
-             });
-           },
-           py::arg("region"), py::arg("block_tables"), py::arg("first_block"),
-           py::arg("num_tokens"), py::arg("num_heads"), py::arg("width"), py::arg("target"));
+      .def(
+          "copy_blocks",
+          [](const HostPool& pool, const py::object& copies) {
+            const IntBuffer rows(copies, 2);
+            if (rows.size(1) != 3 || (rows.size(0) > 1 && rows.stride(0) != 3)) {
+              throw py::type_error("copies: expected contiguous rows of three");
+            }
+            pool.copy_blocks({rows.data(), static_cast<std::size_t>(rows.size(0) * 3)});
+          },
+          py::arg("copies"))
+      .def(
+          "scatter",
+          [](const HostPool& pool, std::size_t region, const py::object& slots,
+             std::uintptr_t source, std::int64_t source_stride) {
+            const Argument<std::int64_t> to("slots", slots);
+            run(static_cast<std::int64_t>(to.span().size()) * source_stride, [&] {
+              pool.scatter(region, to.span(), pointer<const std::byte>(source), source_stride);
+            });
+          },
+          py::arg("region"), py::arg("slots"), py::arg("source"), py::arg("source_stride"))
+      .def(
+          "gather",
+          [](const HostPool& pool, std::size_t region, const py::object& block_tables,
+             std::int32_t first_block, const py::object& num_tokens, std::int32_t num_heads,
+             std::int32_t width, std::uintptr_t target) {
+            const IntBuffer table(block_tables, 2);
+            const IntBuffer tokens(num_tokens, 1);
+            const TableView view{table.data(), table.stride(0),
+                                 static_cast<std::int32_t>(table.size(0)),
+                                 static_cast<std::int32_t>(table.size(1))};
+            run(table.size(0) * width * 256, [&] {
+              pool.gather(region, view, first_block,
+                          {tokens.data(), static_cast<std::size_t>(tokens.size(0))}, num_heads,
+                          width, pointer<std::byte>(target));
+            });
+          },
+          py::arg("region"), py::arg("block_tables"), py::arg("first_block"), py::arg("num_tokens"),
+          py::arg("num_heads"), py::arg("width"), py::arg("target"));
 }
 
 }  // namespace pagedkv

@@ -28,8 +28,8 @@ SequenceId id_of(const py::object& id) { return SequenceId{int_argument("id", id
 void check_memory(const Config& config) {
   config.validate();
   const double bytes = BlockManager::metadata_bytes(config);
-  const double memory = static_cast<double>(sysconf(_SC_PHYS_PAGES)) *
-                        static_cast<double>(sysconf(_SC_PAGE_SIZE));
+  const double memory =
+      static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGE_SIZE));
   if (bytes < memory) return;
   throw InvalidSpec("num_device_blocks and num_host_blocks need tables of " +
                     std::to_string(static_cast<std::int64_t>(bytes / (1 << 30))) +
@@ -63,9 +63,8 @@ std::int64_t create(const PyManager& m, const py::object& tokens, const py::obje
     const auto prefix = Tokens::optional("tokens", tokens);
     const auto root = salt_argument(salt);
     if (!prefix.given() && root) throw InvalidSpec("salt is given without tokens, expected both");
-    return static_cast<std::int64_t>(prefix.given()
-                                         ? core.create(prefix.span(), root.value_or(""))
-                                         : core.create_anonymous());
+    return static_cast<std::int64_t>(prefix.given() ? core.create(prefix.span(), root.value_or(""))
+                                                    : core.create_anonymous());
   });
 }
 
@@ -112,8 +111,8 @@ py::array_t<std::int64_t> fork(const PyManager& m, const py::object& id, const p
                         std::to_string(kMaxBatch));
     }
     py::array_t<std::int64_t> ids(count);
-    core.fork(id_of(id), {reinterpret_cast<SequenceId*>(ids.mutable_data()),
-                          static_cast<std::size_t>(count)});
+    core.fork(id_of(id),
+              {reinterpret_cast<SequenceId*>(ids.mutable_data()), static_cast<std::size_t>(count)});
     return ids;
   });
 }
@@ -157,103 +156,117 @@ void bind_manager(py::module_& m) {
   config("block_size", &Config::block_size);
   config("max_batch", &Config::max_batch);
   config("watermark", &Config::watermark);
-  cls.def_property_readonly(
-      "max_model_len", [](const PyManager& self) { return self.state->core->config().model_len(); });
+  cls.def_property_readonly("max_model_len", [](const PyManager& self) {
+    return self.state->core->config().model_len();
+  });
 
   cls.def("create", &create, py::arg("tokens") = py::none(), py::kw_only(),
           py::arg("salt") = py::none(),
           "A new sequence that holds the longest published prefix of tokens but the last one.");
-  cls.def("num_cached",
-          [](const PyManager& self, const py::object& id) {
-            return enter(*self.state, [&](BlockManager& core) { return core.num_cached(id_of(id)); });
-          },
-          py::arg("id"), "Tokens that create() found.");
-  cls.def("length",
-          [](const PyManager& self, const py::object& id) {
-            return enter(*self.state, [&](BlockManager& core) { return core.length(id_of(id)); });
-          },
-          py::arg("id"), "Tokens in the sequence.");
-  cls.def("lookup",
-          [](const PyManager& self, const py::object& tokens, const py::object& salt) {
-            return enter(*self.state, [&](BlockManager& core) {
-              const Tokens prefix("tokens", tokens);
-              return core.lookup(prefix.span(), salt_argument(salt).value_or(""));
-            });
-          },
-          py::arg("tokens"), py::kw_only(), py::arg("salt") = py::none(),
-          "What create() would take. Changes nothing.");
+  cls.def(
+      "num_cached",
+      [](const PyManager& self, const py::object& id) {
+        return enter(*self.state, [&](BlockManager& core) { return core.num_cached(id_of(id)); });
+      },
+      py::arg("id"), "Tokens that create() found.");
+  cls.def(
+      "length",
+      [](const PyManager& self, const py::object& id) {
+        return enter(*self.state, [&](BlockManager& core) { return core.length(id_of(id)); });
+      },
+      py::arg("id"), "Tokens in the sequence.");
+  cls.def(
+      "lookup",
+      [](const PyManager& self, const py::object& tokens, const py::object& salt) {
+        return enter(*self.state, [&](BlockManager& core) {
+          const Tokens prefix("tokens", tokens);
+          return core.lookup(prefix.span(), salt_argument(salt).value_or(""));
+        });
+      },
+      py::arg("tokens"), py::kw_only(), py::arg("salt") = py::none(),
+      "What create() would take. Changes nothing.");
   cls.def("append", &append, py::arg("ids"), py::arg("tokens") = py::none(), py::kw_only(),
           py::arg("counts") = py::none(),
           "Open a step: counts[b] new tokens (default 1) for each of ids, all or nothing.");
   cls.def("commit", &commit, py::arg("plan"), py::arg("lengths") = py::none(),
           "Close the step and publish its full blocks; lengths[b] keeps only that much of row b.");
-  cls.def("rollback",
-          [](const PyManager& self, const StepPlanHandle& plan) {
-            require_own(self, plan);
-            enter(*self.state, [&](BlockManager& core) { core.rollback(plan.step); });
-          },
-          py::arg("plan"), "Close the step as if it had not been.");
-  cls.def("record",
-          [](const PyManager& self, const py::object& ids, const py::object& tokens,
-             const py::object& counts) {
-            enter(*self.state, [&](BlockManager& core) {
-              const Ints batch("ids", ids);
-              const Tokens known("tokens", tokens);
-              const Ints each = counts_argument(batch, counts);
-              core.record(as_ids(batch), known.span(), each.span());
-            });
-          },
-          py::arg("ids"), py::arg("tokens"), py::kw_only(), py::arg("counts") = py::none(),
-          "Tell tokens that were appended without: counts[b] (default 1) per sequence, in order.");
-  cls.def("fork", &fork, py::arg("id"), py::arg("n"), "n ids that share all of id; the first is id.");
-  cls.def("reorder",
-          [](const PyManager& self, const py::object& ids, const py::object& parents) {
-            pairwise(self, ids, "parents", parents,
-                     [](BlockManager& core, auto batch, auto values) { core.reorder(batch, values); });
-          },
-          py::arg("ids"), py::arg("parents"), "ids[i] becomes what ids[parents[i]] was.");
-  cls.def("truncate",
-          [](const PyManager& self, const py::object& ids, const py::object& lengths) {
-            pairwise(self, ids, "lengths", lengths,
-                     [](BlockManager& core, auto batch, auto values) { core.truncate(batch, values); });
-          },
-          py::arg("ids"), py::arg("lengths"), "Keep only the first lengths[i] tokens of ids[i].");
-  cls.def("release",
-          [](const PyManager& self, const py::object& ids) {
-            enter(*self.state, [&](BlockManager& core) { core.release(as_ids(Ints("ids", ids))); });
-          },
-          py::arg("ids"), "Forget sequences; their published blocks stay as prefix hits.");
-  cls.def("clear",
-          [](const PyManager& self, const py::object& salt) {
-            enter(*self.state, [&](BlockManager& core) { core.clear(salt_argument(salt)); });
-          },
-          py::arg("salt") = py::none(), "No cached block of this salt, or of any, is a hit any more.");
-  cls.def("num_needed",
-          [](const PyManager& self, const py::object& ids, const py::object& counts) {
-            return enter(*self.state, [&](BlockManager& core) {
-              const Ints batch("ids", ids);
-              const Ints each = counts_argument(batch, counts);
-              return core.num_needed(as_ids(batch), each.span());
-            });
-          },
-          py::arg("ids"), py::arg("counts") = py::none(), "Blocks that append() would take.");
-  cls.def("num_freed",
-          [](const PyManager& self, const py::object& ids) {
-            return enter(*self.state,
-                         [&](BlockManager& core) { return core.num_freed(as_ids(Ints("ids", ids))); });
-          },
-          py::arg("ids"), "Blocks that these sequences alone hold.");
+  cls.def(
+      "rollback",
+      [](const PyManager& self, const StepPlanHandle& plan) {
+        require_own(self, plan);
+        enter(*self.state, [&](BlockManager& core) { core.rollback(plan.step); });
+      },
+      py::arg("plan"), "Close the step as if it had not been.");
+  cls.def(
+      "record",
+      [](const PyManager& self, const py::object& ids, const py::object& tokens,
+         const py::object& counts) {
+        enter(*self.state, [&](BlockManager& core) {
+          const Ints batch("ids", ids);
+          const Tokens known("tokens", tokens);
+          const Ints each = counts_argument(batch, counts);
+          core.record(as_ids(batch), known.span(), each.span());
+        });
+      },
+      py::arg("ids"), py::arg("tokens"), py::kw_only(), py::arg("counts") = py::none(),
+      "Tell tokens that were appended without: counts[b] (default 1) per sequence, in order.");
+  cls.def("fork", &fork, py::arg("id"), py::arg("n"),
+          "n ids that share all of id; the first is id.");
+  cls.def(
+      "reorder",
+      [](const PyManager& self, const py::object& ids, const py::object& parents) {
+        pairwise(self, ids, "parents", parents,
+                 [](BlockManager& core, auto batch, auto values) { core.reorder(batch, values); });
+      },
+      py::arg("ids"), py::arg("parents"), "ids[i] becomes what ids[parents[i]] was.");
+  cls.def(
+      "truncate",
+      [](const PyManager& self, const py::object& ids, const py::object& lengths) {
+        pairwise(self, ids, "lengths", lengths,
+                 [](BlockManager& core, auto batch, auto values) { core.truncate(batch, values); });
+      },
+      py::arg("ids"), py::arg("lengths"), "Keep only the first lengths[i] tokens of ids[i].");
+  cls.def(
+      "release",
+      [](const PyManager& self, const py::object& ids) {
+        enter(*self.state, [&](BlockManager& core) { core.release(as_ids(Ints("ids", ids))); });
+      },
+      py::arg("ids"), "Forget sequences; their published blocks stay as prefix hits.");
+  cls.def(
+      "clear",
+      [](const PyManager& self, const py::object& salt) {
+        enter(*self.state, [&](BlockManager& core) { core.clear(salt_argument(salt)); });
+      },
+      py::arg("salt") = py::none(), "No cached block of this salt, or of any, is a hit any more.");
+  cls.def(
+      "num_needed",
+      [](const PyManager& self, const py::object& ids, const py::object& counts) {
+        return enter(*self.state, [&](BlockManager& core) {
+          const Ints batch("ids", ids);
+          const Ints each = counts_argument(batch, counts);
+          return core.num_needed(as_ids(batch), each.span());
+        });
+      },
+      py::arg("ids"), py::arg("counts") = py::none(), "Blocks that append() would take.");
+  cls.def(
+      "num_freed",
+      [](const PyManager& self, const py::object& ids) {
+        return enter(*self.state,
+                     [&](BlockManager& core) { return core.num_freed(as_ids(Ints("ids", ids))); });
+      },
+      py::arg("ids"), "Blocks that these sequences alone hold.");
   cls.def("block_table", &block_table, py::arg("id"), "The sequence's blocks, int32.");
   // These two are for any thread: no command leaves core half way while it holds the GIL.
-  cls.def("stats", [](const PyManager& self) { return self.state->core->stats(); },
-          "Counts now, and totals since the start.");
-  cls.def("snapshot", [](const PyManager& self) { return self.state->core->snapshot(); },
-          "The whole tree, for pictures and debugging.");
-  cls.def("verify",
-          [](const PyManager& self) {
-            enter(*self.state, [](BlockManager& core) { core.verify(); });
-          },
-          "Recompute every count from scratch; raises BrokenInvariant on a difference.");
+  cls.def(
+      "stats", [](const PyManager& self) { return self.state->core->stats(); },
+      "Counts now, and totals since the start.");
+  cls.def(
+      "snapshot", [](const PyManager& self) { return self.state->core->snapshot(); },
+      "The whole tree, for pictures and debugging.");
+  cls.def(
+      "verify",
+      [](const PyManager& self) { enter(*self.state, [](BlockManager& core) { core.verify(); }); },
+      "Recompute every count from scratch; raises BrokenInvariant on a difference.");
 }
 
 }  // namespace pagedkv

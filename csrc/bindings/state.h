@@ -27,12 +27,20 @@ class Poisoned : public BrokenInvariant {
 
 // The outputs of a StepPlan that are arrays.
 enum class Output {
-  input_ids, slots, positions, query_starts, seq_lens, block_tables, copies, table_updates, wait_for
+  input_ids,
+  slots,
+  positions,
+  query_starts,
+  seq_lens,
+  block_tables,
+  copies,
+  table_updates,
+  wait_for
 };
 inline constexpr int kNumOutputs = 9;
 inline constexpr const char* kOutputNames[kNumOutputs] = {
-    "input_ids", "slots",         "positions", "query_starts", "seq_lens", "block_tables",
-    "copies",    "table_updates", "wait_for"};
+    "input_ids",    "slots",  "positions",     "query_starts", "seq_lens",
+    "block_tables", "copies", "table_updates", "wait_for"};
 
 // Shared by the manager and its plans. Arrays keep core alive, not this, so nothing is circular.
 struct ManagerState {

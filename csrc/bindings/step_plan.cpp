@@ -49,9 +49,8 @@ const py::object& ManagerState::view(Output output) {
 
 py::object ManagerState::make(Output output, std::int64_t rows, std::int64_t columns) const {
   const StepPlan& plan = core->plan();
-  const py::capsule owner(new std::shared_ptr<BlockManager>(core), [](void* p) {
-    delete static_cast<std::shared_ptr<BlockManager>*>(p);
-  });
+  const py::capsule owner(new std::shared_ptr<BlockManager>(core),
+                          [](void* p) { delete static_cast<std::shared_ptr<BlockManager>*>(p); });
   using i32 = std::int32_t;
   using i64 = std::int64_t;
   switch (output) {
@@ -73,8 +72,9 @@ py::object ManagerState::make(Output output, std::int64_t rows, std::int64_t col
 const StepPlan& StepPlanHandle::plan() const {
   const StepPlan& plan = state->core->plan();
   if (plan.step != step) {
-    throw InvalidState("this plan is of step " + std::to_string(step) + " and its buffers now hold step " +
-                       std::to_string(plan.step) + ": read a plan before the next append, or copy() it");
+    throw InvalidState("this plan is of step " + std::to_string(step) +
+                       " and its buffers now hold step " + std::to_string(plan.step) +
+                       ": read a plan before the next append, or copy() it");
   }
   return plan;
 }

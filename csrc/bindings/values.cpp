@@ -59,23 +59,23 @@ void bind_values(py::module_& m) {
              Field{"num_blocks", &TierStats::num_blocks}, Field{"num_free", &TierStats::num_free},
              Field{"num_active", &TierStats::num_active},
              Field{"num_cached", &TierStats::num_cached});
-  bind_value(m, "Stats", "Counts of a BlockManager at one moment, and totals since it was made.",
-             Field{"device", &Stats::device}, Field{"host", &Stats::host},
-             Field{"num_sequences", &Stats::num_sequences},
-             Field{"num_logical_blocks", &Stats::num_logical_blocks},
-             Field{"num_peak_blocks", &Stats::num_peak_blocks},
-             Field{"num_steps", &Stats::num_steps},
-             Field{"num_appended_tokens", &Stats::num_appended_tokens},
-             Field{"num_hit_tokens", &Stats::num_hit_tokens},
-             Field{"num_copies", &Stats::num_copies},
-             Field{"num_merged_blocks", &Stats::num_merged_blocks},
-             Field{"num_evicted_blocks", &Stats::num_evicted_blocks},
-             Field{"metadata_bytes", &Stats::metadata_bytes});
+  bind_value(
+      m, "Stats", "Counts of a BlockManager at one moment, and totals since it was made.",
+      Field{"device", &Stats::device}, Field{"host", &Stats::host},
+      Field{"num_sequences", &Stats::num_sequences},
+      Field{"num_logical_blocks", &Stats::num_logical_blocks},
+      Field{"num_peak_blocks", &Stats::num_peak_blocks}, Field{"num_steps", &Stats::num_steps},
+      Field{"num_appended_tokens", &Stats::num_appended_tokens},
+      Field{"num_hit_tokens", &Stats::num_hit_tokens}, Field{"num_copies", &Stats::num_copies},
+      Field{"num_merged_blocks", &Stats::num_merged_blocks},
+      Field{"num_evicted_blocks", &Stats::num_evicted_blocks},
+      Field{"metadata_bytes", &Stats::metadata_bytes});
 
   py::class_<Snapshot> snapshot(m, "Snapshot", py::is_final(),
                                 "The block tree at one moment, parents before children.");
   const auto array = [&snapshot](const char* name, auto member) {
-    snapshot.def_property_readonly(name, [member](const Snapshot& s) { return array_of(s.*member); });
+    snapshot.def_property_readonly(name,
+                                   [member](const Snapshot& s) { return array_of(s.*member); });
   };
   array("parents", &Snapshot::parents);
   array("blocks", &Snapshot::blocks);
@@ -84,9 +84,8 @@ void bind_values(py::module_& m) {
   array("sequence_ids", &Snapshot::sequence_ids);
   array("sequence_nodes", &Snapshot::sequence_nodes);
   array("sequence_lengths", &Snapshot::sequence_lengths);
-  snapshot.def_property_readonly("published", [](const Snapshot& s) {
-    return array_of(s.published).attr("astype")("bool");
-  });
+  snapshot.def_property_readonly(
+      "published", [](const Snapshot& s) { return array_of(s.published).attr("astype")("bool"); });
 }
 
 }  // namespace pagedkv

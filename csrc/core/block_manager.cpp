@@ -40,13 +40,14 @@ double BlockManager::metadata_bytes(const Config& config) {
 BlockManager::BlockManager(const Config& config)
     : config_((config.validate(), config)),
       block_size_(static_cast<std::int32_t>(config.block_size)),
-      reciprocal_(block_size_ == 1 ? 0 : ~std::uint64_t{0} / static_cast<std::uint64_t>(block_size_) + 1),
+      reciprocal_(
+          block_size_ == 1 ? 0 : ~std::uint64_t{0} / static_cast<std::uint64_t>(block_size_) + 1),
       tree_(static_cast<std::int32_t>(config.num_device_blocks),
             static_cast<std::int32_t>(config.num_host_blocks), block_size_, config.seed),
       buffers_(static_cast<std::size_t>(config.max_batch),
                static_cast<std::size_t>(config.num_device_blocks * config.block_size),
-               static_cast<std::size_t>(
-                   num_blocks(static_cast<std::int32_t>(std::min(config.model_len(), kMaxLength))))) {
+               static_cast<std::size_t>(num_blocks(
+                   static_cast<std::int32_t>(std::min(config.model_len(), kMaxLength))))) {
   config_.max_model_len = std::min(config.model_len(), kMaxLength);
   plan_.table_stride = num_blocks(static_cast<std::int32_t>(*config_.max_model_len));
   entries_.reserve(static_cast<std::size_t>(config.max_batch));
@@ -94,9 +95,9 @@ SequenceId BlockManager::create_anonymous() {
 SequenceId BlockManager::create(std::span<const Token> tokens, std::string_view salt) {
   require_no_open_step();
   if (tokens.size() > static_cast<std::size_t>(*config_.max_model_len)) {
-    throw InvalidSpec("tokens has " + std::to_string(tokens.size()) +
-                      " entries, expected at most max_model_len = " +
-                      std::to_string(*config_.max_model_len));
+    throw InvalidSpec(
+        "tokens has " + std::to_string(tokens.size()) +
+        " entries, expected at most max_model_len = " + std::to_string(*config_.max_model_len));
   }
   sequences_.reserve(1);
   const NodeId root = tree_.open_root(salt);
@@ -124,8 +125,8 @@ SequenceId BlockManager::create(std::span<const Token> tokens, std::string_view 
   }
   if (length < most) {
     const auto [child, run] = tree_.find_partial(
-        node, tokens.subspan(static_cast<std::size_t>(length),
-                             static_cast<std::size_t>(most - length)));
+        node,
+        tokens.subspan(static_cast<std::size_t>(length), static_cast<std::size_t>(most - length)));
     if (child != NodeId::none) {
       node = child;
       length += run;
@@ -235,7 +236,8 @@ void BlockManager::reorder(std::span<const SequenceId> ids, std::span<const std:
     moves_.push_back({slots_[i], num_common_blocks(sequences_[slots_[i]], from), from.tip,
                       from.length, from.known, from.cached, from.admitted});
   }
-  for (const Move& move : moves_) SequenceTable::grow_row(sequences_[move.slot], num_blocks(move.length));
+  for (const Move& move : moves_)
+    SequenceTable::grow_row(sequences_[move.slot], num_blocks(move.length));
   // Take every new reference before dropping any: one parent may feed all rows.
   for (const Move& move : moves_) tree_.ref(move.tip, Tier::device);
   for (const Move& move : moves_) {
@@ -251,7 +253,8 @@ void BlockManager::reorder(std::span<const SequenceId> ids, std::span<const std:
   }
 }
 
-void BlockManager::truncate(std::span<const SequenceId> ids, std::span<const std::int64_t> lengths) {
+void BlockManager::truncate(std::span<const SequenceId> ids,
+                            std::span<const std::int64_t> lengths) {
   require_no_open_step();
   check_sizes(ids.size(), lengths.size(), "lengths");
   begin_batch(ids.size());
@@ -297,113 +300,6 @@ void BlockManager::release(std::span<const SequenceId> ids) {
 void BlockManager::clear(std::optional<std::string_view> salt) {
   require_no_open_step();
   salt ? tree_.clear(*salt) : tree_.clear_all();
-}
-
-// --------------------------------------------------------------------------------- tokens later
-
-void BlockManager::record(std::span<const SequenceId> ids, std::span<const Token> tokens,
-                          std::span<const std::int64_t> counts) {
-  require_no_open_step();
-  if (!counts.empty()) check_sizes(ids.size(), counts.size(), "counts");
-  begin_batch(ids.size());
-  std::int64_t total = 0;
-  std::size_t num_nodes_total = 0;
-  std::int32_t longest = 0;
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    const Sequence& sequence = sequences_[enter(ids[i], i)];
-    const std::int64_t count = counts.empty() ? 1 : counts[i];
-    const std::int64_t unknown = sequence.length - sequence.known;
-    if (count < 1 || count > unknown) {
-      throw InvalidSpec("counts[" + std::to_string(i) + "] is " + std::to_string(count) +
-                        ", expected 1 to the sequence's tokens without an id, " +
-                        std::to_string(unknown));
-    }
-    total += count;
-    const std::int32_t below = num_blocks(sequence.length) - blocks_below(sequence.known);
-    num_nodes_total += static_cast<std::size_t>(below);
-    longest = std::max(longest, below);
-  }
-  if (total != static_cast<std::int64_t>(tokens.size())) {
-    throw InvalidSpec("tokens has " + std::to_string(tokens.size()) + " entries, expected " +
-                      std::to_string(total) + ", the sum of counts");
-  }
-  // Write all tokens, or on a contradiction between sharers none; then publish.
-  struct Undo {
-    NodeId node;
-    std::uint16_t known;
-  };
-  std::vector<Undo> undo;
-  undo.reserve(num_nodes_total);
-  chain_.reserve(static_cast<std::size_t>(longest));
-  std::size_t at = 0;
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    Sequence& sequence = sequences_[sequences_.slot(ids[i])];
-    const auto count = static_cast<std::int32_t>(counts.empty() ? 1 : counts[i]);
-    const std::int32_t last = blocks_below(sequence.known + count - 1);
-    const std::int32_t num_nodes = last - blocks_below(sequence.known) + 1;
-    chain_.resize(static_cast<std::size_t>(num_nodes));
-    NodeId node = ancestor(sequence.tip, num_blocks(sequence.length) - 1 - last);
-    for (std::int32_t k = num_nodes; k-- > 0; node = tree_.node(node).parent) {
-      chain_[static_cast<std::size_t>(k)] = node;
-    }
-    std::int32_t position = sequence.known;
-    for (const NodeId id : chain_) {
-      undo.push_back({id, tree_.node(id).known});
-      for (std::int32_t o = offset(position); o < block_size_ && position < sequence.known + count;
-           ++o, ++position, ++at) {
-        if (o < tree_.node(id).known) {
-          if (tree_.tokens(id)[o] == tokens[at]) continue;
-          for (; !undo.empty(); undo.pop_back()) {
-            tree_.set_fill(undo.back().node, tree_.node(undo.back().node).fill, undo.back().known);
-          }
-          throw InvalidSpec("tokens[" + std::to_string(at) + "] is " + std::to_string(tokens[at]) +
-                            ", but a sequence that shares this block recorded " +
-                            std::to_string(tree_.tokens(id)[o]));
-        }
-        tree_.tokens(id)[o] = tokens[at];
-        tree_.set_fill(id, tree_.node(id).fill, o + 1);
-      }
-    }
-  }
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    Sequence& sequence = sequences_[sequences_.slot(ids[i])];
-    const std::int32_t first_block = blocks_below(sequence.known);
-    sequence.known += static_cast<std::int32_t>(counts.empty() ? 1 : counts[i]);
-    publish_chain(sequence, first_block);
-  }
-}
-
-// The nodes of the path from `first_block` on that have become complete are published; one that has
-// an equal published sibling gives way to it. Only while the sequence alone runs through them: a
-// node that others share from there on stays private, and so does all below it.
-void BlockManager::publish_chain(Sequence& sequence, std::int32_t first_block) {
-  const std::int32_t size = num_blocks(sequence.length) - first_block;
-  chain_.resize(static_cast<std::size_t>(size));
-  std::int32_t own = 0;  // from here on each node has one holder
-  NodeId node = sequence.tip;
-  for (std::int32_t k = size; k-- > 0; node = tree_.node(node).parent) {
-    chain_[static_cast<std::size_t>(k)] = node;
-    if (own == 0 && tree_.num_holders(node) != 1) own = k + 1;
-  }
-  for (std::int32_t k = 0; k < size; ++k) {
-    const NodeId id = chain_[static_cast<std::size_t>(k)];
-    if (tree_.node(id).published) continue;
-    if (k < own || !tree_.may_publish(id)) return;
-    const NodeId equal = tree_.find_equal(id);
-    if (equal == NodeId::none) {
-      tree_.publish(id);
-      continue;
-    }
-    tree_.ref(equal, sequence.tier);
-    if (k + 1 < size) {
-      tree_.adopt(chain_[static_cast<std::size_t>(k + 1)], equal);
-    } else {
-      sequence.tip = equal;
-    }
-    tree_.remove(id, sequence.tier);
-    sequence.lower_row(first_block + k);
-    ++totals_.num_merged_blocks;
-  }
 }
 
 // --------------------------------------------------------------------------------- questions

@@ -133,7 +133,8 @@ class BlockManager {
   [[noreturn]] static void repeated(SequenceId id, std::size_t i);
   std::uint32_t enter(SequenceId id, std::size_t i) {  // ids[i] is live and new to this batch
     const std::uint32_t slot = sequences_.slot(id);
-    if (sequences_[slot].mark == mark_) [[unlikely]] repeated(id, i);
+    if (sequences_[slot].mark == mark_) [[unlikely]]
+      repeated(id, i);
     sequences_[slot].mark = mark_;
     return slot;
   }
@@ -166,11 +167,11 @@ class BlockManager {
   StepBuffers buffers_;
   StepPlan plan_;
   bool open_ = false;
-  std::vector<Entry> entries_;         // of the open step
-  std::vector<std::int32_t> filled_;   // rows of the open step in which a block became full
-  std::vector<Entry> asked_;           // of num_needed()
-  std::vector<NodeId> chain_;          // of publish_chain()
-  std::vector<std::uint32_t> slots_;   // of reorder()
+  std::vector<Entry> entries_;        // of the open step
+  std::vector<std::int32_t> filled_;  // rows of the open step in which a block became full
+  std::vector<Entry> asked_;          // of num_needed()
+  std::vector<NodeId> chain_;         // of publish_chain()
+  std::vector<std::uint32_t> slots_;  // of reorder()
   std::vector<Move> moves_;
 
   std::int64_t num_logical_ = 0;

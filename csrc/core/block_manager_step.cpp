@@ -15,8 +15,9 @@ std::int64_t BlockManager::decide(std::span<const SequenceId> ids,
                                   std::span<const std::int64_t> counts,
                                   std::vector<Entry>& entries) {
   if (ids.size() > static_cast<std::size_t>(config_.max_batch)) {
-    throw InvalidSpec("ids has " + std::to_string(ids.size()) +
-                      " entries, expected at most max_batch = " + std::to_string(config_.max_batch));
+    throw InvalidSpec(
+        "ids has " + std::to_string(ids.size()) +
+        " entries, expected at most max_batch = " + std::to_string(config_.max_batch));
   }
   if (!counts.empty()) check_sizes(ids.size(), counts.size(), "counts");
   begin_batch(ids.size());
@@ -40,13 +41,11 @@ std::int64_t BlockManager::decide(std::span<const SequenceId> ids,
                   static_cast<std::uint16_t>(o),
                   Write::extend,
                   !sequence.admitted};
-      needed += o + entry.count <= block_size_ ? o == 0
-                                               : num_blocks(o + entry.count) - (o > 0);
+      needed += o + entry.count <= block_size_ ? o == 0 : num_blocks(o + entry.count) - (o > 0);
       if (o > 0) {
         const Node& node = tree_.node(entry.tip);
-        const bool in_place = o == node.fill
-                                  ? tree_.sole_holder_stays(entry.tip)
-                                  : !node.published && tree_.num_holders(entry.tip) == 1;
+        const bool in_place = o == node.fill ? tree_.sole_holder_stays(entry.tip)
+                                             : !node.published && tree_.num_holders(entry.tip) == 1;
         entry.write = in_place ? Write::in_place : Write::copy;
         if (!in_place) {
           tree_.mark_leaving(entry.tip);
@@ -63,7 +62,8 @@ std::int64_t BlockManager::decide(std::span<const SequenceId> ids,
 }
 
 void BlockManager::check_count(std::size_t i, std::int64_t count, std::int32_t length) const {
-  if (count >= 1 && count <= *config_.max_model_len - length) [[likely]] return;
+  if (count >= 1 && count <= *config_.max_model_len - length) [[likely]]
+    return;
   if (count < 1) {
     throw InvalidSpec("counts[" + std::to_string(i) + "] is " + std::to_string(count) +
                       ", expected at least 1");
@@ -271,8 +271,9 @@ void BlockManager::require_open(std::int64_t step) const {
   if (open_ && step == plan_.step) return;
   throw InvalidState(open_ ? "step " + std::to_string(step) + " is not the open one, which is " +
                                  std::to_string(plan_.step)
-                           : "step " + std::to_string(step) + " is not open: it was committed or "
-                             "rolled back");
+                           : "step " + std::to_string(step) +
+                                 " is not open: it was committed or "
+                                 "rolled back");
 }
 
 // Drops the step's tokens from `length` on. What it drops is new and has no other holder.

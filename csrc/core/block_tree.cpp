@@ -27,8 +27,8 @@ BlockTree::BlockTree(std::int32_t num_device_blocks, std::int32_t num_host_block
 }
 
 std::size_t BlockTree::bytes() const {
-  std::size_t sum = nodes_.capacity() * sizeof(Node) + tokens_.capacity() * sizeof(Token) +
-                    index_.bytes();
+  std::size_t sum =
+      nodes_.capacity() * sizeof(Node) + tokens_.capacity() * sizeof(Token) + index_.bytes();
   for (const auto& pool : pools_) sum += pool.bytes();
   for (const auto& order : orders_) sum += order.bytes();
   return sum;
@@ -165,8 +165,7 @@ NodeId BlockTree::find_equal(NodeId id) const {
   return find(node(id).parent, tokens(id), node(id).hash);
 }
 
-std::pair<NodeId, int> BlockTree::find_partial(NodeId parent,
-                                               std::span<const Token> tokens) const {
+std::pair<NodeId, int> BlockTree::find_partial(NodeId parent, std::span<const Token> tokens) const {
   std::pair<NodeId, int> best{NodeId::none, 0};
   const std::size_t most = std::min(tokens.size(), std::size_t(block_size_));
   int candidates = 0;

@@ -13,14 +13,14 @@ class BrokenInvariant : public std::logic_error {
 };
 
 [[noreturn]] inline void broken(const char* what, const char* file, int line) {
-  throw BrokenInvariant(std::string(what) + " does not hold (" + file + ":" +
-                        std::to_string(line) + ")");
+  throw BrokenInvariant(std::string(what) + " does not hold (" + file + ":" + std::to_string(line) +
+                        ")");
 }
 
 }  // namespace pagedkv
 
-#define KV_CHECK(condition)                                     \
-  do {                                                          \
-    if (!(condition)) [[unlikely]]                              \
-      ::pagedkv::broken(#condition, __FILE_NAME__, __LINE__);   \
+#define KV_CHECK(condition)                                   \
+  do {                                                        \
+    if (!(condition)) [[unlikely]]                            \
+      ::pagedkv::broken(#condition, __FILE_NAME__, __LINE__); \
   } while (false)

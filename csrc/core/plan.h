@@ -32,17 +32,17 @@ struct StepPlan {
   std::int32_t batch_size = 0;
   std::int64_t num_tokens = 0;
   bool has_tokens = false;
-  const std::int64_t* input_ids = nullptr;    // [T] if has_tokens
-  const std::int64_t* slots = nullptr;        // [T] block * block_size + offset
-  const std::int64_t* positions = nullptr;    // [T]
-  const std::int32_t* query_starts = nullptr; // [B + 1]
-  const std::int32_t* seq_lens = nullptr;     // [B], after the step
-  const BlockId* block_tables = nullptr;      // [B, table_width], rows table_stride apart
-  std::int32_t table_width = 0;               // the widest row of this step
+  const std::int64_t* input_ids = nullptr;     // [T] if has_tokens
+  const std::int64_t* slots = nullptr;         // [T] block * block_size + offset
+  const std::int64_t* positions = nullptr;     // [T]
+  const std::int32_t* query_starts = nullptr;  // [B + 1]
+  const std::int32_t* seq_lens = nullptr;      // [B], after the step
+  const BlockId* block_tables = nullptr;       // [B, table_width], rows table_stride apart
+  std::int32_t table_width = 0;                // the widest row of this step
   std::int32_t table_stride = 0;
   std::span<const BlockCopy> copies;
   std::span<const TableUpdate> table_updates;
-  std::span<const std::int64_t> wait_for;     // transfers that must have ended
+  std::span<const std::int64_t> wait_for;  // transfers that must have ended
 };
 
 struct PrefixHit {
@@ -62,12 +62,12 @@ struct Stats {
   TierStats device;
   TierStats host;
   std::int64_t num_sequences = 0;
-  std::int64_t num_logical_blocks = 0;  // sum over sequences: what no sharing would take
-  std::int64_t num_peak_blocks = 0;     // most device blocks ever active at once
-  std::int64_t num_steps = 0;           // committed
-  std::int64_t num_appended_tokens = 0; // committed
-  std::int64_t num_hit_tokens = 0;      // taken by create()
-  std::int64_t num_copies = 0;          // planned
+  std::int64_t num_logical_blocks = 0;   // sum over sequences: what no sharing would take
+  std::int64_t num_peak_blocks = 0;      // most device blocks ever active at once
+  std::int64_t num_steps = 0;            // committed
+  std::int64_t num_appended_tokens = 0;  // committed
+  std::int64_t num_hit_tokens = 0;       // taken by create()
+  std::int64_t num_copies = 0;           // planned
   std::int64_t num_merged_blocks = 0;
   std::int64_t num_evicted_blocks = 0;
   std::int64_t metadata_bytes = 0;

@@ -55,7 +55,8 @@ void SequenceTable::grow_row(Sequence& sequence, std::int32_t num_blocks) {
 
 std::size_t SequenceTable::bytes() const {
   std::size_t sum = slots_.capacity() * sizeof(Sequence) + free_.capacity() * sizeof(slots_.size());
-  for (const Sequence& s : slots_) sum += static_cast<std::size_t>(s.row_capacity) * sizeof(BlockId);
+  for (const Sequence& s : slots_)
+    sum += static_cast<std::size_t>(s.row_capacity) * sizeof(BlockId);
   return sum;
 }
 

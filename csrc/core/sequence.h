@@ -41,7 +41,8 @@ class SequenceTable {
     const auto slot = static_cast<std::uint32_t>(bits);
     if (slot < slots_.size()) [[likely]] {
       const Sequence& sequence = slots_[slot];
-      if (sequence.generation == bits >> 32 && sequence.tip != NodeId::none) [[likely]] return slot;
+      if (sequence.generation == bits >> 32 && sequence.tip != NodeId::none) [[likely]]
+        return slot;
     }
     throw UnknownSequence(id);
   }

@@ -107,9 +107,7 @@ class KVSpec:
         object.__setattr__(self, "block_size", block_size)
 
     @classmethod
-    def from_config(
-        cls, config: Any, *, dtype: str | None = None, block_size: int = 16
-    ) -> KVSpec:
+    def from_config(cls, config: Any, *, dtype: str | None = None, block_size: int = 16) -> KVSpec:
         """The spec of a Hugging Face config: the object, or the dict of its config.json.
 
         `dtype` replaces the config's own. Raises InvalidSpec naming a field that is missing.
@@ -136,9 +134,7 @@ class KVSpec:
             if kind == "full_attention":
                 layers.append(LayerSpec("full", num_kv_heads, head_dim, head_dim, dtype))
             elif kind == "sliding_attention" and window is not None:
-                layers.append(
-                    LayerSpec("sliding", num_kv_heads, head_dim, head_dim, dtype, window)
-                )
+                layers.append(LayerSpec("sliding", num_kv_heads, head_dim, head_dim, dtype, window))
             else:
                 raise InvalidSpec(
                     f"layer {i} is of kind {kind!r}, expected full_attention, or "

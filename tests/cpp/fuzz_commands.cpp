@@ -112,8 +112,8 @@ class Program {
 
   static std::vector<std::int64_t> counts(const BlockManager& manager) {
     const Stats s = manager.stats();
-    return {s.device.num_free, s.device.num_active, s.device.num_cached,   s.num_sequences,
-            s.num_steps,       s.num_copies,        s.num_appended_tokens, s.num_hit_tokens,
+    return {s.device.num_free,    s.device.num_active, s.device.num_cached,   s.num_sequences,
+            s.num_steps,          s.num_copies,        s.num_appended_tokens, s.num_hit_tokens,
             s.num_logical_blocks, s.num_merged_blocks, s.num_evicted_blocks};
   }
 
@@ -145,8 +145,11 @@ class Program {
   void command(int which) {
     switch (which) {
       case 0: return create();
-      case 1: case 2: case 3: return append();
-      case 4: case 5: return commit();
+      case 1:
+      case 2:
+      case 3: return append();
+      case 4:
+      case 5: return commit();
       case 6: return rollback();
       case 7: return fork();
       case 8: return reorder();
@@ -228,7 +231,8 @@ class Program {
         const auto position = static_cast<std::size_t>(plan.positions[t]);
         expect(plan.slots[t] == other.slots[t], "the same slots");
         expect(slot == first_slot(table[position / size]) + position % size, "slots fit tables");
-        expect(slot >= size && slot < pool_.size() && !written[slot], "each slot once, in the pool");
+        expect(slot >= size && slot < pool_.size() && !written[slot],
+               "each slot once, in the pool");
         written[slot] = true;
         pool_[slot] = text.digests[position];
       }
@@ -289,7 +293,8 @@ class Program {
     Batch b = batch();
     for (const std::size_t row : b.rows) {
       b.values.push_back(bytes_.below(static_cast<int>(texts_[row].tokens.size()) + 2));
-      if (b.values.back() > static_cast<std::int64_t>(texts_[row].tokens.size()) && bytes_.below(8)) {
+      if (b.values.back() > static_cast<std::int64_t>(texts_[row].tokens.size()) &&
+          bytes_.below(8)) {
         b.values.back() = 0;
       }
     }
@@ -330,9 +335,7 @@ class Program {
   void clear() {
     const int which = bytes_.below(8);
     if (which > 3) return;
-    both([&](BlockManager& m) {
-      which == 3 ? m.clear(std::nullopt) : m.clear(kSalts[which]);
-    });
+    both([&](BlockManager& m) { which == 3 ? m.clear(std::nullopt) : m.clear(kSalts[which]); });
   }
 
   void ask() {
@@ -362,7 +365,8 @@ class Program {
            "free + active + cached == num_blocks");
     const auto size = static_cast<std::size_t>(config_.block_size);
     for (const Text& text : texts_) {
-      expect(manager_->length(text.id) == static_cast<std::int64_t>(text.tokens.size()), "the length");
+      expect(manager_->length(text.id) == static_cast<std::int64_t>(text.tokens.size()),
+             "the length");
       std::vector<BlockId> table(static_cast<std::size_t>(manager_->num_table_blocks(text.id)));
       manager_->block_table(text.id, table);
       for (std::size_t i = 0; i < text.tokens.size(); ++i) {

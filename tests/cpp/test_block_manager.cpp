@@ -76,7 +76,8 @@ TEST_CASE("the same commands give the same plans, whatever the seed of the hashe
     for (int i = 0; i < 2000; ++i) {
       try {
         if (live.empty() || random() % 4 == 0) {
-          live.push_back(m.create(tokens(static_cast<int>(random() % 20), static_cast<int>(random() % 3)), ""));
+          live.push_back(m.create(
+              tokens(static_cast<int>(random() % 20), static_cast<int>(random() % 3)), ""));
         }
         const SequenceId id = live[random() % live.size()];
         if (random() % 5 == 0) {
@@ -84,7 +85,8 @@ TEST_CASE("the same commands give the same plans, whatever the seed of the hashe
           release(m, id);
           continue;
         }
-        const auto new_tokens = tokens(static_cast<int>(1 + random() % 6), static_cast<int>(random() % 2));
+        const auto new_tokens =
+            tokens(static_cast<int>(1 + random() % 6), static_cast<int>(random() % 2));
         const auto count = static_cast<std::int64_t>(new_tokens.size());
         const StepPlan& plan = m.append({&id, 1}, new_tokens, true, {&count, 1});
         logs[k].insert(logs[k].end(), plan.slots, plan.slots + plan.num_tokens);
@@ -102,10 +104,10 @@ TEST_CASE("the same commands give the same plans, whatever the seed of the hashe
 
 TEST_CASE("eviction takes the coldest leaf, and a parent never before its child") {
   BlockManager m(config(6));
-  release(m, admit(m, tokens(8, 1)));   // two blocks, cold
-  release(m, admit(m, tokens(8, 2)));   // two blocks
+  release(m, admit(m, tokens(8, 1)));      // two blocks, cold
+  release(m, admit(m, tokens(8, 2)));      // two blocks
   release(m, m.create(tokens(9, 1), ""));  // the first prompt again: now the hotter one
-  admit(m, tokens(12, 3));              // needs one more block than is free
+  admit(m, tokens(12, 3));                 // needs one more block than is free
   CHECK(m.lookup(tokens(9, 1), "").num_tokens == 8);
   CHECK(m.lookup(tokens(9, 2), "").num_tokens == 4);  // its leaf went
   CHECK(m.stats().num_evicted_blocks == 1);

@@ -74,10 +74,9 @@ TEST_CASE("gather puts heads first and zeros behind each row") {
     for (int h = 0; h < num_heads; ++h) {
       for (int t = 0; t < width; ++t) {
         for (int i = 0; i < head; ++i) {
-          const std::byte expected = t < lengths[b]
-                                         ? m.token(cells[b][t / kBlockSize],
-                                                   t % kBlockSize)[h * head + i]
-                                         : std::byte{0};
+          const std::byte expected =
+              t < lengths[b] ? m.token(cells[b][t / kBlockSize], t % kBlockSize)[h * head + i]
+                             : std::byte{0};
           CHECK(target[static_cast<std::size_t>(((b * num_heads + h) * width + t) * head + i)] ==
                 expected);
         }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, settings
 
+from bad import Here
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runs", type=int, default=60, help="random programs in each such test")
@@ -31,3 +33,8 @@ def runs(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def first_seed(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--first-seed"))
+
+
+@pytest.fixture
+def here() -> Here:
+    return Here()

@@ -45,7 +45,6 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 70
 # What is over the limit, and how far. These numbers only go down.
 FILE_RATCHET = {
-    "csrc/core/block_manager.cpp": 459,
     "python/pagedkv/integrations/transformers.py": 420,
 }
 FUNCTION_RATCHET = {
@@ -53,7 +52,7 @@ FUNCTION_RATCHET = {
     "csrc/bindings/manager.cpp bind_manager": 144,
     "csrc/core/block_manager_step.cpp append": 83,
     "csrc/core/block_tree_verify.cpp verify": 82,
-    "csrc/core/block_manager.cpp record": 71,
+    "csrc/core/block_manager_publish.cpp record": 71,
 }
 
 SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".py", ".pyi"}
