@@ -27,6 +27,9 @@ void bind_errors(py::module_&) {
       if (p) std::rethrow_exception(p);
     } catch (const OutOfBlocks& e) {
       raise("OutOfBlocks", name(e.tier), e.needed, e.available);
+    } catch (const NotResident& e) {
+      const auto transfer = static_cast<std::int64_t>(e.transfer);
+      raise("NotResident", e.what(), transfer == 0 ? py::object(py::none()) : py::int_(transfer));
     } catch (const UnknownSequence& e) {
       raise("UnknownSequence", e.what());
     } catch (const InvalidSpec& e) {

@@ -1,28 +1,19 @@
 // BlockManager for Python: one native call per command, buffers in and out.
+#include "bindings/manager.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <unistd.h>
 
 #include <random>
 
-#include "bindings/buffers.h"
 #include "bindings/module.h"
-#include "bindings/state.h"
 
 namespace py = pybind11;
 
 namespace pagedkv {
 
 namespace {
-
-using Ints = Argument<std::int64_t>;
-using Tokens = Argument<Token>;
-
-struct PyManager {
-  std::shared_ptr<ManagerState> state;
-};
-
-SequenceId id_of(const py::object& id) { return SequenceId{int_argument("id", id)}; }
 
 // Tables are touched when they are made: refuse what would drive the machine out of memory.
 void check_memory(const Config& config) {
@@ -256,6 +247,7 @@ void bind_manager(py::module_& m) {
       },
       py::arg("ids"), "Blocks that these sequences alone hold.");
   cls.def("block_table", &block_table, py::arg("id"), "The sequence's blocks, int32.");
+  bind_swap(cls);
   // These two are for any thread: no command leaves core half way while it holds the GIL.
   cls.def(
       "stats", [](const PyManager& self) { return self.state->core->stats(); },

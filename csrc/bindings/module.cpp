@@ -10,6 +10,7 @@ PYBIND11_MODULE(_core, m) {
   pagedkv::bind_errors(m);
   pagedkv::bind_values(m);
   pagedkv::bind_step_plan(m);
+  pagedkv::bind_transfer_plan(m);
   pagedkv::bind_manager(m);
   pagedkv::bind_host_pool(m);
 }

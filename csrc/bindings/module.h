@@ -8,6 +8,7 @@ namespace pagedkv {
 void bind_errors(pybind11::module_& m);
 void bind_values(pybind11::module_& m);
 void bind_step_plan(pybind11::module_& m);
+void bind_transfer_plan(pybind11::module_& m);
 void bind_manager(pybind11::module_& m);
 void bind_host_pool(pybind11::module_& m);
 

@@ -54,7 +54,8 @@ py::array_t<T> array_of(const std::vector<T>& values) {
 void bind_values(py::module_& m) {
   bind_value(m, "PrefixHit", "What a lookup found.", Field{"num_tokens", &PrefixHit::num_tokens},
              Field{"num_full_blocks", &PrefixHit::num_full_blocks},
-             Field{"num_partial_tokens", &PrefixHit::num_partial_tokens});
+             Field{"num_partial_tokens", &PrefixHit::num_partial_tokens},
+             Field{"num_host_tokens", &PrefixHit::num_host_tokens});
   bind_value(m, "TierStats", "Blocks of one tier: free + active + cached == num_blocks.",
              Field{"num_blocks", &TierStats::num_blocks}, Field{"num_free", &TierStats::num_free},
              Field{"num_active", &TierStats::num_active},
@@ -69,6 +70,9 @@ void bind_values(py::module_& m) {
       Field{"num_hit_tokens", &Stats::num_hit_tokens}, Field{"num_copies", &Stats::num_copies},
       Field{"num_merged_blocks", &Stats::num_merged_blocks},
       Field{"num_evicted_blocks", &Stats::num_evicted_blocks},
+      Field{"num_swapped_out_blocks", &Stats::num_swapped_out_blocks},
+      Field{"num_swapped_in_blocks", &Stats::num_swapped_in_blocks},
+      Field{"num_transfers", &Stats::num_transfers},
       Field{"metadata_bytes", &Stats::metadata_bytes});
 
   py::class_<Snapshot> snapshot(m, "Snapshot", py::is_final(),
@@ -81,9 +85,12 @@ void bind_values(py::module_& m) {
   array("blocks", &Snapshot::blocks);
   array("num_tokens", &Snapshot::num_tokens);
   array("counts", &Snapshot::counts);
+  array("host_blocks", &Snapshot::host_blocks);
+  array("host_counts", &Snapshot::host_counts);
   array("sequence_ids", &Snapshot::sequence_ids);
   array("sequence_nodes", &Snapshot::sequence_nodes);
   array("sequence_lengths", &Snapshot::sequence_lengths);
+  array("sequence_tiers", &Snapshot::sequence_tiers);
   snapshot.def_property_readonly(
       "published", [](const Snapshot& s) { return array_of(s.published).attr("astype")("bool"); });
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 #include <unordered_map>
+#include <utility>
 
 #include "core/check.h"
 #include "core/error.h"
@@ -44,11 +45,19 @@ BlockManager::BlockManager(const Config& config)
           block_size_ == 1 ? 0 : ~std::uint64_t{0} / static_cast<std::uint64_t>(block_size_) + 1),
       tree_(static_cast<std::int32_t>(config.num_device_blocks),
             static_cast<std::int32_t>(config.num_host_blocks), block_size_, config.seed),
+      transfers_(static_cast<std::int32_t>(config.num_device_blocks),
+                 static_cast<std::int32_t>(config.num_host_blocks)),
       buffers_(static_cast<std::size_t>(config.max_batch),
                static_cast<std::size_t>(config.num_device_blocks * config.block_size),
                static_cast<std::size_t>(num_blocks(
                    static_cast<std::int32_t>(std::min(config.model_len(), kMaxLength))))) {
   config_.max_model_len = std::min(config.model_len(), kMaxLength);
+  plan_.input_ids = buffers_.input_ids.data();
+  plan_.slots = buffers_.slots.data();
+  plan_.positions = buffers_.positions.data();
+  plan_.query_starts = buffers_.query_starts.data();
+  plan_.seq_lens = buffers_.seq_lens.data();
+  plan_.block_tables = buffers_.block_tables.data();
   plan_.table_stride = num_blocks(static_cast<std::int32_t>(*config_.max_model_len));
   entries_.reserve(static_cast<std::size_t>(config.max_batch));
   filled_.reserve(static_cast<std::size_t>(config.max_batch));
@@ -76,101 +85,37 @@ void BlockManager::begin_batch(std::size_t size) {
   }
 }
 
+void BlockManager::require_resident(std::uint32_t slot) const {
+  const Sequence& sequence = sequences_[slot];
+  require_path(slot);
+  if (sequence.tier == Tier::host) {
+    throw NotResident(sequences_.id(slot), "is in host memory: swap it in first",
+                      waits_for(sequences_.id(slot)));
+  }
+  if (transfers_.in_flight(sequence.transfer)) {
+    throw NotResident(sequences_.id(slot), "waits for a transfer that has not ended",
+                      sequence.transfer);
+  }
+}
+
+void BlockManager::require_path(std::uint32_t slot) const {
+  if (!sequences_[slot].dropped) return;
+  throw NotResident(sequences_.id(slot), "was dropped, and holds nothing: restore it first");
+}
+
 void BlockManager::repeated(SequenceId id, std::size_t i) {
   throw InvalidSpec("ids[" + std::to_string(i) + "] repeats the sequence " +
                     std::to_string(static_cast<std::int64_t>(id)) +
                     ": each may appear once in a call");
 }
 
-// ----------------------------------------------------------------------------------- creation
-
-SequenceId BlockManager::create_anonymous() {
-  require_no_open_step();
-  const std::uint32_t slot = sequences_.open();
-  tree_.ref(tree_.anonymous_root(), Tier::device);
-  sequences_[slot].tip = tree_.anonymous_root();
-  return sequences_.id(slot);
-}
-
-SequenceId BlockManager::create(std::span<const Token> tokens, std::string_view salt) {
-  require_no_open_step();
-  if (tokens.size() > static_cast<std::size_t>(*config_.max_model_len)) {
-    throw InvalidSpec(
-        "tokens has " + std::to_string(tokens.size()) +
-        " entries, expected at most max_model_len = " + std::to_string(*config_.max_model_len));
-  }
-  sequences_.reserve(1);
-  const NodeId root = tree_.open_root(salt);
-  const std::uint32_t slot = sequences_.open();
-  Sequence& sequence = sequences_[slot];
-  sequence.tip = root;
-  try {
-    SequenceTable::grow_row(sequence, num_blocks(static_cast<std::int32_t>(tokens.size())));
-  } catch (...) {
-    sequences_.close(slot);
-    tree_.drop_if_unused(root);
-    throw;
-  }
-  // The last token is left to compute, so that there are logits.
-  const auto most = static_cast<std::int32_t>(tokens.size()) - 1;
-  std::int32_t length = 0;
-  NodeId node = root;
-  while (length + block_size_ <= most) {
-    const NodeId child = tree_.find_child(node, tokens.data() + length);
-    if (child == NodeId::none) break;
-    node = child;
-    length += block_size_;
-    sequence.row[static_cast<std::size_t>(sequence.row_valid++)] =
-        tree_.node(node).block[index(Tier::device)];
-  }
-  if (length < most) {
-    const auto [child, run] = tree_.find_partial(
-        node,
-        tokens.subspan(static_cast<std::size_t>(length), static_cast<std::size_t>(most - length)));
-    if (child != NodeId::none) {
-      node = child;
-      length += run;
-      sequence.row[static_cast<std::size_t>(sequence.row_valid++)] =
-          tree_.node(node).block[index(Tier::device)];
-    }
-  }
-  tree_.ref(node, Tier::device);
-  sequence.tip = node;
-  sequence.length = sequence.known = sequence.cached = length;
-  num_logical_ += num_blocks(length);
-  totals_.num_hit_tokens += length;
-  note_peak();
-  return sequences_.id(slot);
-}
-
-void BlockManager::note_peak() {
-  const std::int64_t num_active =
-      tree_.pool(Tier::device).num_blocks() - tree_.num_available(Tier::device);
-  totals_.num_peak_blocks = std::max(totals_.num_peak_blocks, num_active);
-}
-
-PrefixHit BlockManager::lookup(std::span<const Token> tokens, std::string_view salt) const {
-  PrefixHit hit;
-  NodeId node = tree_.find_root(salt);
-  if (node == NodeId::none || tokens.empty()) return hit;
-  std::span<const Token> rest = tokens.first(tokens.size() - 1);
-  while (rest.size() >= static_cast<std::size_t>(block_size_)) {
-    const NodeId child = tree_.find_child(node, rest.data());
-    if (child == NodeId::none) break;
-    node = child;
-    ++hit.num_full_blocks;
-    rest = rest.subspan(static_cast<std::size_t>(block_size_));
-  }
-  hit.num_partial_tokens = tree_.find_partial(node, rest).second;
-  hit.num_tokens =
-      static_cast<std::int64_t>(hit.num_full_blocks) * block_size_ + hit.num_partial_tokens;
-  return hit;
-}
+// ----------------------------------------------------------------------------------- sharing
 
 void BlockManager::fork(SequenceId id, std::span<SequenceId> ids) {
   require_no_open_step();
   check_range("n", static_cast<std::int64_t>(ids.size()), 1, kMaxBatch);
   const std::uint32_t source_slot = sequences_.slot(id);
+  require_path(source_slot);
   sequences_.reserve(ids.size() - 1);  // from here on no reference into the table moves
   Sequence& source = sequences_[source_slot];
   fill_row(source);
@@ -191,7 +136,9 @@ void BlockManager::fork(SequenceId id, std::span<SequenceId> ids) {
     child.length = source.length;
     child.known = source.known;
     child.cached = source.cached;
+    child.transfer = source.transfer;
     child.admitted = source.admitted;
+    child.tier = source.tier;
     tree_.ref(child.tip, child.tier);
     num_logical_ += num_blocks(child.length);
     ids[i] = sequences_.id(slot);
@@ -224,7 +171,10 @@ void BlockManager::reorder(std::span<const SequenceId> ids, std::span<const std:
   begin_batch(ids.size());
   slots_.clear();
   moves_.clear();
-  for (std::size_t i = 0; i < ids.size(); ++i) slots_.push_back(enter(ids[i], i));
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    slots_.push_back(enter(ids[i], i));
+    require_path(slots_.back());
+  }
   for (std::size_t i = 0; i < ids.size(); ++i) {
     const std::int64_t p = parents[i];
     if (p < 0 || p >= static_cast<std::int64_t>(ids.size())) {
@@ -234,12 +184,13 @@ void BlockManager::reorder(std::span<const SequenceId> ids, std::span<const std:
     if (p == static_cast<std::int64_t>(i)) continue;
     const Sequence& from = sequences_[slots_[static_cast<std::size_t>(p)]];
     moves_.push_back({slots_[i], num_common_blocks(sequences_[slots_[i]], from), from.tip,
-                      from.length, from.known, from.cached, from.admitted});
+                      from.length, from.known, from.cached, from.transfer, from.admitted,
+                      from.tier});
   }
   for (const Move& move : moves_)
     SequenceTable::grow_row(sequences_[move.slot], num_blocks(move.length));
   // Take every new reference before dropping any: one parent may feed all rows.
-  for (const Move& move : moves_) tree_.ref(move.tip, Tier::device);
+  for (const Move& move : moves_) tree_.ref(move.tip, move.tier);
   for (const Move& move : moves_) {
     Sequence& sequence = sequences_[move.slot];
     tree_.unref(sequence.tip, sequence.tier, Leave::cold);
@@ -248,8 +199,11 @@ void BlockManager::reorder(std::span<const SequenceId> ids, std::span<const std:
     sequence.length = move.length;
     sequence.known = move.known;
     sequence.cached = move.cached;
+    sequence.transfer = move.transfer;
     sequence.admitted = move.admitted;
-    sequence.lower_row(move.common);
+    sequence.lower_row(sequence.tier == move.tier ? move.common : 0);
+    sequence.tier = move.tier;
+    if (!wanted_.empty()) wanted_.erase(move.slot);
   }
 }
 
@@ -281,6 +235,7 @@ void BlockManager::truncate(std::span<const SequenceId> ids,
     sequence.length = length;
     sequence.known = std::min(sequence.known, length);
     sequence.cached = std::min(sequence.cached, length);
+    if (!wanted_.empty() && !sequence.dropped) wanted_.erase(sequences_.slot(ids[i]));
   }
 }
 
@@ -293,6 +248,7 @@ void BlockManager::release(std::span<const SequenceId> ids) {
     Sequence& sequence = sequences_[slot];
     tree_.unref(sequence.tip, sequence.tier, Leave::hot);
     num_logical_ -= num_blocks(sequence.length);
+    if (!wanted_.empty()) wanted_.erase(slot);
     sequences_.close(slot);
   }
 }
@@ -304,11 +260,17 @@ void BlockManager::clear(std::optional<std::string_view> salt) {
 
 // --------------------------------------------------------------------------------- questions
 
+void BlockManager::note_peak() {
+  const std::int64_t num_active =
+      tree_.pool(Tier::device).num_blocks() - tree_.num_available(Tier::device);
+  totals_.num_peak_blocks = std::max(totals_.num_peak_blocks, num_active);
+}
+
 void BlockManager::fill_row(Sequence& sequence) const {
   const std::int32_t size = num_blocks(sequence.length);
   NodeId node = sequence.tip;
   for (std::int32_t i = size; i-- > sequence.row_valid; node = tree_.node(node).parent) {
-    sequence.row[static_cast<std::size_t>(i)] = tree_.node(node).block[index(sequence.tier)];
+    sequence.row[static_cast<std::size_t>(i)] = tree_.block(node, sequence.tier);
   }
   sequence.row_valid = size;
 }
@@ -318,10 +280,11 @@ std::int32_t BlockManager::num_table_blocks(SequenceId id) const {
 }
 
 void BlockManager::block_table(SequenceId id, std::span<BlockId> table) const {
-  const Sequence& sequence = sequences_[sequences_.slot(id)];
-  NodeId node = sequence.tip;
+  const std::uint32_t slot = sequences_.slot(id);
+  require_resident(slot);
+  NodeId node = sequences_[slot].tip;
   for (std::size_t i = table.size(); i-- > 0; node = tree_.node(node).parent) {
-    table[i] = tree_.node(node).block[index(sequence.tier)];
+    table[i] = tree_.block(node, Tier::device);
   }
 }
 
@@ -331,8 +294,9 @@ std::int64_t BlockManager::num_freed(std::span<const SequenceId> ids) {
   std::unordered_map<NodeId, std::int32_t> leaving;
   for (std::size_t i = 0; i < ids.size(); ++i) {
     const Sequence& sequence = sequences_[enter(ids[i], i)];
+    if (sequence.tier != Tier::device) continue;
     for (NodeId node = sequence.tip; !tree_.is_root(node); node = tree_.node(node).parent) {
-      if (++leaving[node] < tree_.node(node).count[index(sequence.tier)]) break;
+      if (++leaving[node] < tree_.count(node, Tier::device)) break;
       ++freed;
     }
   }
@@ -352,7 +316,9 @@ Stats BlockManager::stats() const {
   stats.num_sequences = static_cast<std::int64_t>(sequences_.size());
   stats.num_logical_blocks = num_logical_;
   stats.num_evicted_blocks = tree_.num_evicted();
-  stats.metadata_bytes = static_cast<std::int64_t>(tree_.bytes() + sequences_.bytes());
+  stats.num_transfers = static_cast<std::int64_t>(transfers_.transfers().size());
+  stats.metadata_bytes =
+      static_cast<std::int64_t>(tree_.bytes() + sequences_.bytes() + transfers_.bytes());
   return stats;
 }
 

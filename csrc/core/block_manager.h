@@ -9,12 +9,14 @@
 #include <optional>
 #include <span>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "core/block_tree.h"
 #include "core/plan.h"
 #include "core/sequence.h"
 #include "core/step_buffers.h"
+#include "core/transfer_table.h"
 #include "core/types.h"
 
 namespace pagedkv {
@@ -35,13 +37,16 @@ struct Config {
 // The tree at one moment, one entry a node, parents before children.
 struct Snapshot {
   std::vector<std::int32_t> parents;  // position in these vectors; -1: a root
-  std::vector<std::int32_t> blocks;
+  std::vector<std::int32_t> blocks;   // on the device; 0: none
   std::vector<std::int32_t> num_tokens;
   std::vector<std::int32_t> counts;
+  std::vector<std::int32_t> host_blocks;
+  std::vector<std::int32_t> host_counts;
   std::vector<std::uint8_t> published;
   std::vector<std::int64_t> sequence_ids;
   std::vector<std::int32_t> sequence_nodes;  // -1: empty
   std::vector<std::int64_t> sequence_lengths;
+  std::vector<std::uint8_t> sequence_tiers;
 };
 
 class BlockManager {
@@ -73,7 +78,25 @@ class BlockManager {
   void record(std::span<const SequenceId> ids, std::span<const Token> tokens,
               std::span<const std::int64_t> counts);
 
+  // --- between tiers. A whole path moves: a shared block once, and none that is there already.
+  TransferPlan swap_out(std::span<const SequenceId> ids);
+  TransferPlan swap_in(std::span<const SequenceId> ids);
+  // The part of create()'s or restore()'s prompt that only the host still has.
+  TransferPlan fetch(SequenceId id);
+  void complete(TransferId transfer);  // all its copies have ended
+  Aborted abort(
+      TransferId transfer);  // they have ended, or will never begin, and count for nothing
+
+  // --- recomputation. A dropped sequence gives up its path and remembers its tokens; restored, it
+  // holds what is still a prefix hit of them.
+  void drop(std::span<const SequenceId> ids);
+  void restore(std::span<const SequenceId> ids);
+
   // --- questions
+  Tier tier(SequenceId id) const { return sequences_[sequences_.slot(id)].tier; }
+  bool is_dropped(SequenceId id) const { return sequences_[sequences_.slot(id)].dropped; }
+  // The transfer in flight that the sequence waits for; none: it is where it lives.
+  TransferId waits_for(SequenceId id) const;
   std::int64_t num_needed(std::span<const SequenceId> ids, std::span<const std::int64_t> counts);
   std::int64_t num_freed(std::span<const SequenceId> ids);
   std::int32_t num_table_blocks(SequenceId id) const;
@@ -111,7 +134,14 @@ class BlockManager {
     std::int32_t length;
     std::int32_t known;
     std::int32_t cached;
+    TransferId transfer;
     bool admitted;
+    Tier tier;
+  };
+  // Tokens that a sequence would hold, from its block `first_block` on.
+  struct Wanted {
+    std::int32_t first_block;
+    std::vector<Token> tokens;
   };
 
   // n / block_size by one multiplication, for 0 <= n < 2^32.
@@ -138,11 +168,27 @@ class BlockManager {
     sequences_[slot].mark = mark_;
     return slot;
   }
+  void require_host_tier() const;
+  void require_resident(std::uint32_t slot) const;
+  void require_path(std::uint32_t slot) const;  // not dropped
   void check_sizes(std::size_t ids, std::size_t others, const char* name) const;
   NodeId ancestor(NodeId node, std::int32_t steps) const;
   std::int32_t num_common_blocks(const Sequence& a, const Sequence& b) const;
   void fill_row(Sequence& sequence) const;
   void note_peak();
+  void take_hit(std::uint32_t slot, std::span<const Token> tokens, std::int32_t most);
+  bool is_hit(NodeId node) const {  // on the device
+    const BlockId block = tree_.block(node, Tier::device);
+    return block != BlockId::none && transfers_.landing(Tier::device, block) == TransferId::none;
+  }
+  bool is_fetchable(NodeId node) const;
+  std::int64_t num_fetchable(NodeId node, std::span<const Token> tokens) const;
+  TransferPlan move(std::span<const SequenceId> ids, Tier source, Tier target);
+  std::size_t require_blocks(std::span<const NodeId> tips, Tier target);
+  TransferPlan plan_paths(std::span<const NodeId> tips, Tier target, std::size_t num_copies);
+  void drop_path(std::uint32_t slot);
+  std::size_t check_record(std::span<const SequenceId> ids, std::span<const Token> tokens,
+                           std::span<const std::int64_t> counts);
   void publish_chain(Sequence& sequence, std::int32_t first_block);
 
   std::int64_t decide(std::span<const SequenceId> ids, std::span<const std::int64_t> counts,
@@ -155,13 +201,16 @@ class BlockManager {
   void keep(const Entry& entry, std::int32_t length);
   void close_step();
 
-  void verify_sequences(std::vector<std::int32_t>& ends) const;
+  void verify_sequences(BlockTree::Ends& ends) const;
+  void verify_transfers() const;
 
   Config config_;
   std::int32_t block_size_;
   std::uint64_t reciprocal_;
   BlockTree tree_;
+  TransferTable transfers_;
   SequenceTable sequences_;
+  std::unordered_map<std::uint32_t, Wanted> wanted_;  // by slot
   std::uint32_t mark_ = 0;
 
   StepBuffers buffers_;
@@ -171,6 +220,8 @@ class BlockManager {
   std::vector<std::int32_t> filled_;  // rows of the open step in which a block became full
   std::vector<Entry> asked_;          // of num_needed()
   std::vector<NodeId> chain_;         // of publish_chain()
+  std::vector<NodeId> tips_;          // of move()
+  std::vector<NodeId> placed_;        // of plan_path()
   std::vector<std::uint32_t> slots_;  // of reorder()
   std::vector<Move> moves_;
 

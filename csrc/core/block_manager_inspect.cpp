@@ -7,19 +7,23 @@
 namespace pagedkv {
 
 void BlockManager::verify() const {
-  std::vector<std::int32_t> ends(tree_.nodes().size(), 0);
+  BlockTree::Ends ends;
+  for (auto& tier : ends) tier.assign(tree_.nodes().size(), 0);
   verify_sequences(ends);
   tree_.verify(ends);
+  verify_transfers();
 }
 
-void BlockManager::verify_sequences(std::vector<std::int32_t>& ends) const {
+void BlockManager::verify_sequences(BlockTree::Ends& ends) const {
   std::int64_t num_logical = 0;
   std::size_t num_live = 0;
   for (std::uint32_t slot = 0; slot < sequences_.num_slots(); ++slot) {
     const Sequence& sequence = sequences_[slot];
     if (sequence.tip == NodeId::none) continue;
     ++num_live;
-    ++ends[index(sequence.tip)];
+    ++ends[index(sequence.tier)][index(sequence.tip)];
+    const bool waits = transfers_.in_flight(sequence.transfer);
+    KV_CHECK(!sequence.dropped || sequence.length == 0);
     const std::int32_t size = num_blocks(sequence.length);
     num_logical += size;
     KV_CHECK(sequence.known <= sequence.length && sequence.cached <= sequence.length);
@@ -29,7 +33,9 @@ void BlockManager::verify_sequences(std::vector<std::int32_t>& ends) const {
       const Node& n = tree_.node(node);
       KV_CHECK(!tree_.is_root(node));
       KV_CHECK(i >= sequence.row_valid ||
-               sequence.row[static_cast<std::size_t>(i)] == n.block[index(sequence.tier)]);
+               sequence.row[static_cast<std::size_t>(i)] == tree_.block(node, sequence.tier));
+      KV_CHECK(waits || transfers_.landing(sequence.tier, tree_.block(node, sequence.tier)) ==
+                            TransferId::none);
       const std::int32_t held = std::min(block_size_, sequence.length - i * block_size_);
       KV_CHECK(n.fill >= held && n.known >= std::min(held, sequence.known - i * block_size_));
       KV_CHECK(i == size - 1 || n.fill == block_size_);
@@ -38,6 +44,24 @@ void BlockManager::verify_sequences(std::vector<std::int32_t>& ends) const {
   }
   KV_CHECK(num_live == sequences_.size());
   KV_CHECK(num_logical == num_logical_);
+}
+
+void BlockManager::verify_transfers() const {
+  TransferId before = TransferId::none;
+  for (const TransferTable::Transfer& transfer : transfers_.transfers()) {
+    KV_CHECK(before < transfer.id);
+    before = transfer.id;
+    for (const TransferId id : transfer.wait_for) KV_CHECK(id < transfer.id);
+  }
+  for (std::size_t i = 0; i < tree_.nodes().size(); ++i) {
+    if (!tree_.nodes()[i].live || tree_.is_root(NodeId{static_cast<std::int32_t>(i)})) continue;
+    for (const Tier tier : kTiers) {
+      const BlockId block = tree_.nodes()[i].place[index(tier)].block;
+      if (block == BlockId::none) continue;
+      const TransferId writer = transfers_.landing(tier, block);
+      KV_CHECK(writer == TransferId::none || transfers_.in_flight(writer));
+    }
+  }
 }
 
 Snapshot BlockManager::snapshot() const {
@@ -62,9 +86,11 @@ Snapshot BlockManager::snapshot() const {
     const Node& n = tree_.node(id);
     position[index(id)] = static_cast<std::int32_t>(snapshot.parents.size());
     snapshot.parents.push_back(position[index(n.parent)]);
-    snapshot.blocks.push_back(pagedkv::index(n.block[0]));
+    snapshot.blocks.push_back(pagedkv::index(n.place[0].block));
     snapshot.num_tokens.push_back(n.fill);
-    snapshot.counts.push_back(n.count[0]);
+    snapshot.counts.push_back(n.place[0].count);
+    snapshot.host_blocks.push_back(pagedkv::index(n.place[1].block));
+    snapshot.host_counts.push_back(n.place[1].count);
     snapshot.published.push_back(n.published);
   }
   for (std::uint32_t slot = 0; slot < sequences_.num_slots(); ++slot) {
@@ -73,6 +99,7 @@ Snapshot BlockManager::snapshot() const {
     snapshot.sequence_ids.push_back(static_cast<std::int64_t>(sequences_.id(slot)));
     snapshot.sequence_nodes.push_back(position[index(sequence.tip)]);
     snapshot.sequence_lengths.push_back(sequence.length);
+    snapshot.sequence_tiers.push_back(static_cast<std::uint8_t>(sequence.tier));
   }
   return snapshot;
 }

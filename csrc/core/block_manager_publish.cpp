@@ -7,16 +7,19 @@
 
 namespace pagedkv {
 
-void BlockManager::record(std::span<const SequenceId> ids, std::span<const Token> tokens,
-                          std::span<const std::int64_t> counts) {
-  require_no_open_step();
+// Returns the nodes that a record() may touch in all, and takes the memory for its longest path.
+std::size_t BlockManager::check_record(std::span<const SequenceId> ids,
+                                       std::span<const Token> tokens,
+                                       std::span<const std::int64_t> counts) {
   if (!counts.empty()) check_sizes(ids.size(), counts.size(), "counts");
   begin_batch(ids.size());
   std::int64_t total = 0;
-  std::size_t num_nodes_total = 0;
+  std::size_t num_nodes = 0;
   std::int32_t longest = 0;
   for (std::size_t i = 0; i < ids.size(); ++i) {
-    const Sequence& sequence = sequences_[enter(ids[i], i)];
+    const std::uint32_t slot = enter(ids[i], i);
+    const Sequence& sequence = sequences_[slot];
+    if (sequence.may_be_away()) require_resident(slot);
     const std::int64_t count = counts.empty() ? 1 : counts[i];
     const std::int64_t unknown = sequence.length - sequence.known;
     if (count < 1 || count > unknown) {
@@ -26,21 +29,28 @@ void BlockManager::record(std::span<const SequenceId> ids, std::span<const Token
     }
     total += count;
     const std::int32_t below = num_blocks(sequence.length) - blocks_below(sequence.known);
-    num_nodes_total += static_cast<std::size_t>(below);
+    num_nodes += static_cast<std::size_t>(below);
     longest = std::max(longest, below);
   }
   if (total != static_cast<std::int64_t>(tokens.size())) {
     throw InvalidSpec("tokens has " + std::to_string(tokens.size()) + " entries, expected " +
                       std::to_string(total) + ", the sum of counts");
   }
+  chain_.reserve(static_cast<std::size_t>(longest));
+  return num_nodes;
+}
+
+void BlockManager::record(std::span<const SequenceId> ids, std::span<const Token> tokens,
+                          std::span<const std::int64_t> counts) {
+  require_no_open_step();
+  const std::size_t most_nodes = check_record(ids, tokens, counts);
   // Write all tokens, or on a contradiction between sharers none; then publish.
   struct Undo {
     NodeId node;
     std::uint16_t known;
   };
   std::vector<Undo> undo;
-  undo.reserve(num_nodes_total);
-  chain_.reserve(static_cast<std::size_t>(longest));
+  undo.reserve(most_nodes);
   std::size_t at = 0;
   for (std::size_t i = 0; i < ids.size(); ++i) {
     Sequence& sequence = sequences_[sequences_.slot(ids[i])];
@@ -100,6 +110,15 @@ void BlockManager::publish_chain(Sequence& sequence, std::int32_t first_block) {
       tree_.publish(id);
       continue;
     }
+    // Nobody who runs is made to wait for a transfer: the path stays private beside it.
+    if (transfers_.landing(Tier::device, tree_.block(equal, Tier::device)) != TransferId::none) {
+      return;
+    }
+    if (tree_.block(equal, Tier::device) == BlockId::none) {
+      tree_.adopt_block(equal, id, Tier::device);
+    } else {
+      ++totals_.num_merged_blocks;
+    }
     tree_.ref(equal, sequence.tier);
     if (k + 1 < size) {
       tree_.adopt(chain_[static_cast<std::size_t>(k + 1)], equal);
@@ -108,7 +127,6 @@ void BlockManager::publish_chain(Sequence& sequence, std::int32_t first_block) {
     }
     tree_.remove(id, sequence.tier);
     sequence.lower_row(first_block + k);
-    ++totals_.num_merged_blocks;
   }
 }
 

@@ -27,7 +27,11 @@ std::int64_t BlockManager::decide(std::span<const SequenceId> ids,
   try {
     for (std::size_t i = 0; i < ids.size(); ++i) {
       const std::uint32_t slot = enter(ids[i], i);
-      const Sequence& sequence = sequences_[slot];
+      Sequence& sequence = sequences_[slot];
+      if (sequence.may_be_away()) [[unlikely]] {
+        require_resident(slot);
+        sequence.transfer = TransferId::none;
+      }
       const std::int64_t count = counts.empty() ? 1 : counts[i];
       check_count(i, count, sequence.length);
       const std::int32_t block_at = blocks_below(sequence.length);
@@ -87,7 +91,7 @@ std::int64_t BlockManager::take_over(std::vector<Entry>& entries, std::int64_t e
     if (saved == excess) break;
     const Node& node = tree_.node(entry.tip);
     if (entry.write != Write::copy || !node.published || tree_.num_holders(entry.tip) != 1 ||
-        node.first_child != NodeId::none) {
+        tree_.has_children(entry.tip)) {
       continue;
     }
     tree_.unmark_leaving(entry.tip);
@@ -127,6 +131,7 @@ const StepPlan& BlockManager::append(std::span<const SequenceId> ids, std::span<
       longest = std::max(longest, entry.count);
     }
     chain_.reserve(static_cast<std::size_t>(num_blocks(longest)) + 1);  // commit() cannot fail
+    buffers_.wait_for.reserve(transfers_.transfers().size());
     if (has_tokens && num_tokens != static_cast<std::int64_t>(tokens.size())) {
       throw InvalidSpec("tokens has " + std::to_string(tokens.size()) + " entries, expected " +
                         std::to_string(num_tokens) + ", the sum of counts");
@@ -145,6 +150,7 @@ const StepPlan& BlockManager::append(std::span<const SequenceId> ids, std::span<
   filled_.clear();
   buffers_.copies.clear();
   buffers_.table_updates.clear();
+  buffers_.wait_for.clear();
   plan_.table_width = 0;
   buffers_.query_starts[0] = 0;
   std::int64_t at = 0;
@@ -154,8 +160,10 @@ const StepPlan& BlockManager::append(std::span<const SequenceId> ids, std::span<
     const auto row = static_cast<std::int32_t>(i);
     if (has_tokens && entry.count == 1 && entry.write == Write::in_place) {  // most of decoding
       tree_.put(entry.tip, entry.offset, tokens[static_cast<std::size_t>(at)]);
-      const auto block = static_cast<std::int64_t>(tree_.node(entry.tip).block[0]);
-      buffers_.slots[static_cast<std::size_t>(at)] = block * block_size_ + entry.offset;
+      const BlockId block = tree_.block(entry.tip, Tier::device);
+      transfers_.wait_for(Tier::device, block, buffers_.wait_for);
+      buffers_.slots[static_cast<std::size_t>(at)] =
+          static_cast<std::int64_t>(block) * block_size_ + entry.offset;
       buffers_.positions[static_cast<std::size_t>(at)] = entry.length;
       sequence.length = sequence.known = entry.length + 1;
     } else {
@@ -173,14 +181,9 @@ const StepPlan& BlockManager::append(std::span<const SequenceId> ids, std::span<
   plan_.batch_size = static_cast<std::int32_t>(ids.size());
   plan_.num_tokens = num_tokens;
   plan_.has_tokens = has_tokens;
-  plan_.input_ids = buffers_.input_ids.data();
-  plan_.slots = buffers_.slots.data();
-  plan_.positions = buffers_.positions.data();
-  plan_.query_starts = buffers_.query_starts.data();
-  plan_.seq_lens = buffers_.seq_lens.data();
-  plan_.block_tables = buffers_.block_tables.data();
   plan_.copies = buffers_.copies;
   plan_.table_updates = buffers_.table_updates;
+  plan_.wait_for = buffers_.wait_for;
   totals_.num_copies += static_cast<std::int64_t>(buffers_.copies.size());
   note_peak();
   return plan_;
@@ -203,7 +206,8 @@ void BlockManager::write(const Entry& entry, const Token* tokens, std::int64_t a
       node = tree_.add(parent, Tier::device);
       tree_.ref(parent, Tier::device);
       std::copy_n(tree_.tokens(entry.tip), known, tree_.tokens(node));
-      buffers_.copies.push_back({tree_.node(entry.tip).block[0], tree_.node(node).block[0], o});
+      buffers_.copies.push_back(
+          {tree_.block(entry.tip, Tier::device), tree_.block(node, Tier::device), o});
       sequence.lower_row(block_at);
     }
     tree_.set_fill(node, o, known);
@@ -213,7 +217,8 @@ void BlockManager::write(const Entry& entry, const Token* tokens, std::int64_t a
       node = tree_.add(node, Tier::device);
       o = 0;
     }
-    const BlockId block = tree_.node(node).block[index(Tier::device)];
+    const BlockId block = tree_.block(node, Tier::device);
+    transfers_.claim(Tier::device, block, buffers_.wait_for);
     if (sequence.row_valid == block_at) {
       sequence.row[static_cast<std::size_t>(block_at)] = block;
       ++sequence.row_valid;
@@ -239,6 +244,7 @@ void BlockManager::write(const Entry& entry, const Token* tokens, std::int64_t a
     fresh = true;
   }
   num_logical_ += num_blocks(end) - num_blocks(entry.length);
+  if (!wanted_.empty()) wanted_.erase(entry.slot);
   sequence.tip = node;
   sequence.length = end;
   if (tokens != nullptr) sequence.known = end;

@@ -22,7 +22,7 @@ BlockTree::BlockTree(std::int32_t num_device_blocks, std::int32_t num_host_block
   const std::size_t num_nodes = static_cast<std::size_t>(num_device_blocks) + num_host_blocks + 2;
   grow(num_nodes);
   KV_CHECK(new_node() == kAnonymousRoot);
-  at(kAnonymousRoot).count[0] = 1;  // it stays
+  at(kAnonymousRoot).place[0].count = 1;  // it stays
   num_roots_ = 1;
 }
 
@@ -39,7 +39,7 @@ std::size_t BlockTree::bytes() const {
 NodeId BlockTree::new_node() {
   KV_CHECK(free_nodes_ != NodeId::none);
   const NodeId id = free_nodes_;
-  free_nodes_ = node(id).next_sibling;
+  free_nodes_ = node(id).place[0].next_sibling;
   at(id) = Node{};
   at(id).live = 1;
   return id;
@@ -52,39 +52,48 @@ void BlockTree::grow(std::size_t num_nodes) {
   if (pool(Tier::host).num_blocks() > 0) orders_[index(Tier::host)].ensure(num_nodes);
   nodes_.resize(num_nodes);
   for (std::size_t i = num_nodes; i-- > old;) {
-    nodes_[i].next_sibling = free_nodes_;
+    nodes_[i].place[0].next_sibling = free_nodes_;
     free_nodes_ = NodeId{static_cast<std::int32_t>(i)};
   }
 }
 
 void BlockTree::free_node(NodeId id) {
-  Node& n = at(id);
-  KV_CHECK(n.live && !n.published && n.first_child == NodeId::none);
-  for (std::size_t t = 0; t < kNumTiers; ++t) {
-    if (n.block[t] != BlockId::none) pools_[t].give(n.block[t]);
-    n.block[t] = BlockId::none;
+  KV_CHECK(node(id).live && !node(id).published && !has_children(id));
+  for (const Tier tier : kTiers) {
+    if (block(id, tier) != BlockId::none) give_block(id, tier);
   }
-  n.live = 0;
-  n.next_sibling = free_nodes_;
+  at(id).live = 0;
+  at(id).place[0].next_sibling = free_nodes_;
   free_nodes_ = id;
 }
 
-NodeId BlockTree::add(NodeId parent, Tier tier) {
+BlockId BlockTree::take_block(Tier tier) {
   BlockPool& pool = pools_[index(tier)];
   if (pool.num_free() == 0) evict_one(tier);
+  return pool.take();
+}
+
+void BlockTree::give_block(NodeId id, Tier tier) {
+  BlockId& block = at(id).place[index(tier)].block;
+  pools_[index(tier)].give(block);
+  block = BlockId::none;
+}
+
+NodeId BlockTree::add(NodeId parent, Tier tier) {
+  const BlockId block = take_block(tier);
   const NodeId id = new_node();
-  Node& n = at(id);
-  n.parent = parent;
-  n.block[index(tier)] = pool.take();
-  n.count[index(tier)] = 1;
+  at(id).parent = parent;
+  Place& place = at(id).place[index(tier)];
+  place.block = block;
+  place.count = 1;
   return id;
 }
 
 void BlockTree::remove(NodeId id, Tier tier) {
   const NodeId parent = node(id).parent;
   free_node(id);
-  KV_CHECK(node(parent).count[index(tier)] > 1);
-  --at(parent).count[index(tier)];
+  KV_CHECK(count(parent, tier) > 1);
+  --at(parent).place[index(tier)].count;
 }
 
 void BlockTree::complete(NodeId id) {
@@ -125,9 +134,8 @@ NodeId BlockTree::open_root(std::string_view salt) {
 }
 
 void BlockTree::drop_if_unused(NodeId root) {
-  const Node& n = node(root);
-  if (n.count[0] + n.count[1] > 0 || n.first_child != NodeId::none) return;
-  if (n.published) {
+  if (num_holders(root) > 0 || has_children(root)) return;
+  if (node(root).published) {
     const auto salt = salts_.find(root);
     roots_.erase(salt->second);
     salts_.erase(salt);
@@ -169,9 +177,9 @@ std::pair<NodeId, int> BlockTree::find_partial(NodeId parent, std::span<const To
   std::pair<NodeId, int> best{NodeId::none, 0};
   const std::size_t most = std::min(tokens.size(), std::size_t(block_size_));
   int candidates = 0;
-  for (NodeId id = node(parent).first_child;
+  for (NodeId id = node(parent).place[0].first_child;
        id != NodeId::none && candidates < kMaxPartialCandidates;
-       id = node(id).next_sibling, ++candidates) {
+       id = node(id).place[0].next_sibling, ++candidates) {
     const Token* own = this->tokens(id);
     const auto run = std::mismatch(own, own + most, tokens.data()).first - own;
     if (run > best.second) best = {id, static_cast<int>(run)};
@@ -185,7 +193,7 @@ void BlockTree::ref(NodeId id, Tier tier) {
   const std::size_t t = index(tier);
   for (;;) {
     Node& n = at(id);
-    if (n.count[t]++ > 0 || n.parent == NodeId::none) return;
+    if (n.place[t].count++ > 0 || n.parent == NodeId::none) return;
     orders_[t].remove(id);
     id = n.parent;
   }
@@ -193,22 +201,25 @@ void BlockTree::ref(NodeId id, Tier tier) {
 
 void BlockTree::unref(NodeId id, Tier tier, Leave leave) {
   const std::size_t t = index(tier);
-  NodeId behind = NodeId::none;  // the child of `id` that became cached just now
+  NodeId behind = NodeId::none;  // a child of `id`, which must not go after it
   for (;;) {
     Node& n = at(id);
-    KV_CHECK(n.live && n.count[t] > 0);
-    if (--n.count[t] > 0) return;
+    KV_CHECK(n.live && n.place[t].count > 0);
+    if (--n.place[t].count > 0) return;
     const NodeId parent = n.parent;
     if (parent == NodeId::none) return drop_if_unused(id);
     if (!n.published) {
-      free_node(id);
+      give_block(id, tier);
+      if (n.place[index(other(tier))].block == BlockId::none) free_node(id);
     } else if (leave == Leave::hot) {
       orders_[t].push_hot(id);
-    } else if (behind == NodeId::none) {
-      orders_[t].push_cold(id);
-      behind = id;
     } else {
-      orders_[t].push_behind(id, behind);
+      if (behind == NodeId::none) behind = n.place[t].first_child;
+      if (behind == NodeId::none) {
+        orders_[t].push_cold(id);
+      } else {
+        orders_[t].push_behind(id, behind);
+      }
       behind = id;
     }
     id = parent;
@@ -219,80 +230,102 @@ void BlockTree::evict_one(Tier tier) {
   // The coldest leaf goes. A parent that comes up before its children waits right behind one of
   // them: each such move is paid for by the child that is evicted before the parent's next turn.
   EvictionOrder& order = orders_[index(tier)];
-  NodeId id = order.coldest();
   KV_CHECK(order.size() > 0);
-  while (node(id).first_child != NodeId::none) {
+  NodeId id = order.coldest();
+  for (NodeId child; (child = node(id).place[index(tier)].first_child) != NodeId::none;) {
     order.remove(id);
-    order.push_behind(id, node(id).first_child);
+    order.push_behind(id, child);
     id = order.coldest();
   }
-  order.remove(id);
-  if (order.size() > 0) {  // the next to go, most likely
-    const NodeId next = order.coldest();
+  if (order.size() > 1) {  // the next to go, most likely
+    const NodeId next = order.hotter(id);
     index_.prefetch(node(next).hash);
-    if (order.size() > 1) __builtin_prefetch(&nodes_[index(order.hotter(next))]);
+    __builtin_prefetch(&nodes_[index(next)]);
   }
-  const NodeId parent = node(id).parent;
-  unpublish(id);
-  free_node(id);
+  drop_block(id, tier);
   ++num_evicted_;
+}
+
+void BlockTree::drop_block(NodeId id, Tier tier) {
+  const Node& n = node(id);
+  KV_CHECK(n.published && n.place[index(tier)].count == 0 &&
+           n.place[index(tier)].first_child == NodeId::none);
+  if (n.place[index(other(tier))].block != BlockId::none) {
+    orders_[index(tier)].remove(id);
+    unlink_child(id, tier);
+    give_block(id, tier);
+    return;
+  }
+  const NodeId parent = n.parent;
+  unpublish(id);
   if (is_root(parent)) drop_if_unused(parent);
 }
 
 // ------------------------------------------------------------------------------- publication
 
-void BlockTree::link_child(NodeId id) {
-  Node& n = at(id);
-  Node& parent = at(n.parent);
-  n.prev_sibling = NodeId::none;
-  n.next_sibling = parent.first_child;
-  if (n.next_sibling != NodeId::none) at(n.next_sibling).prev_sibling = id;
+void BlockTree::link_child(NodeId id, Tier tier) {
+  const std::size_t t = index(tier);
+  Place& own = at(id).place[t];
+  Place& parent = at(node(id).parent).place[t];
+  own.prev_sibling = NodeId::none;
+  own.next_sibling = parent.first_child;
+  if (own.next_sibling != NodeId::none) at(own.next_sibling).place[t].prev_sibling = id;
   parent.first_child = id;
 }
 
-void BlockTree::unlink_child(NodeId id) {
-  Node& n = at(id);
-  if (n.prev_sibling != NodeId::none) {
-    at(n.prev_sibling).next_sibling = n.next_sibling;
+void BlockTree::unlink_child(NodeId id, Tier tier) {
+  const std::size_t t = index(tier);
+  const Place& own = node(id).place[t];
+  Place& parent = at(node(id).parent).place[t];
+  if (own.prev_sibling != NodeId::none) {
+    at(own.prev_sibling).place[t].next_sibling = own.next_sibling;
   } else {
-    KV_CHECK(node(n.parent).first_child == id);
-    at(n.parent).first_child = n.next_sibling;
+    KV_CHECK(parent.first_child == id);
+    parent.first_child = own.next_sibling;
   }
-  if (n.next_sibling != NodeId::none) at(n.next_sibling).prev_sibling = n.prev_sibling;
+  if (own.next_sibling != NodeId::none) {
+    at(own.next_sibling).place[t].prev_sibling = own.prev_sibling;
+  }
+}
+
+NodeId BlockTree::any_child(NodeId id) const {
+  const NodeId child = node(id).place[0].first_child;
+  return child != NodeId::none ? child : node(id).place[1].first_child;
 }
 
 void BlockTree::publish(NodeId id) {
   Node& n = at(id);
   KV_CHECK(!n.published && may_publish(id));
   n.published = 1;
-  link_child(id);
+  for (const Tier tier : kTiers) {
+    if (block(id, tier) != BlockId::none) link_child(id, tier);
+  }
   index_.insert(id, n.hash);
 }
 
 void BlockTree::unpublish(NodeId id) {
   Node& n = at(id);
-  KV_CHECK(n.published && n.first_child == NodeId::none);
+  KV_CHECK(n.published && !has_children(id));
   KV_CHECK(index_.erase(id, n.hash));
-  unlink_child(id);
   n.published = 0;
+  for (const Tier tier : kTiers) {
+    if (block(id, tier) == BlockId::none) continue;
+    unlink_child(id, tier);
+    if (count(id, tier) > 0) continue;
+    orders_[index(tier)].remove(id);
+    give_block(id, tier);
+  }
+  if (num_holders(id) == 0) free_node(id);
 }
 
 void BlockTree::unpublish_subtree(NodeId root) {
-  // Bottom up and without a stack: go down to a leaf, take it off, continue from its parent.
+  // Bottom up, as in drop_subtree().
   NodeId id = root;
   for (;;) {
-    while (node(id).first_child != NodeId::none) id = node(id).first_child;
+    for (NodeId child; (child = any_child(id)) != NodeId::none;) id = child;
     if (id == root) return;
     const NodeId parent = node(id).parent;
     unpublish(id);
-    bool cached = false;
-    for (auto& order : orders_) {
-      if (order.size() > 0 && order.contains(id)) {
-        order.remove(id);
-        cached = true;
-      }
-    }
-    if (cached && num_holders(id) == 0) free_node(id);
     id = parent;
   }
 }

@@ -17,28 +17,38 @@
 
 namespace pagedkv {
 
+// What a node has in one tier.
+struct Place {
+  BlockId block = BlockId::none;       // none: it is not in this tier
+  std::int32_t count = 0;              // its holders there
+  NodeId first_child = NodeId::none;   // its published children there, the newest first
+  NodeId next_sibling = NodeId::none;  // in a free node: the next free node
+  NodeId prev_sibling = NodeId::none;
+};
+
 // Life of a node:
 //   1. add()        private and counted: one holder, no token yet; its holder writes it
 //   2. publish()    full and known: lookups find it and several paths may run through it
-//   3. unref() to 0 a private node is freed; a published one becomes cached
-//   4. ref() counts a cached node again; evict() takes its block and the node with it
+//   3. unref() to 0 a private node loses its block; a published one becomes cached
+//   4. ref() counts a cached node again; eviction takes its block
+// It is in a tier from add() or place() there until its block there goes, and it lives as long as
+// it is in one.
 //
-// A holder of a node is a counted child, or a sequence that ends there. Whoever is counted has
-// counted ancestors, so the cached nodes are whole subtrees, and all their nodes are published.
-struct Node {
-  NodeId parent = NodeId::none;        // none: a root
-  NodeId first_child = NodeId::none;   // published children only, the newest first
-  NodeId next_sibling = NodeId::none;  // in a free node: the next free node
-  NodeId prev_sibling = NodeId::none;
-  std::uint64_t hash = 0;  // of the path's tokens up to here; valid once the node is complete
-  std::array<std::int32_t, kNumTiers> count{};  // holders, per tier
-  std::array<BlockId, kNumTiers> block{};
-  std::uint16_t fill = 0;     // tokens written
-  std::uint16_t known = 0;    // leading tokens whose ids are known, at most fill
-  std::uint16_t leaving = 0;  // holders whose copy-on-write is queued: they leave at commit
+// A holder of a node in a tier is a child that is counted there, or a sequence that lives there and
+// ends at it. Whoever is counted has counted ancestors, so the cached nodes of a tier are whole
+// subtrees, and all their nodes are published. Whoever is in a tier has its ancestors there too.
+struct alignas(64) Node {
+  std::array<Place, kNumTiers> place;
+  NodeId parent = NodeId::none;  // none: a root
+  std::uint32_t mark = 0;        // of the last count_missing() that came by
+  std::uint64_t hash = 0;        // of the path's tokens up to here; valid once the node is complete
+  std::uint16_t fill = 0;        // tokens written
+  std::uint16_t known = 0;       // leading tokens whose ids are known, at most fill
+  std::uint16_t leaving = 0;     // holders whose copy-on-write is queued: they leave at commit
   std::uint8_t live = 0;
   std::uint8_t published = 0;  // for a root: sequences below it may publish
 };
+static_assert(sizeof(Node) == 64);
 
 // Where the eviction order takes a node whose last holder left.
 enum class Leave { hot, cold };
@@ -50,6 +60,12 @@ class BlockTree {
 
   int block_size() const { return block_size_; }
   const Node& node(NodeId id) const { return nodes_[index(id)]; }
+  BlockId block(NodeId id, Tier tier) const { return node(id).place[index(tier)].block; }
+  std::int32_t count(NodeId id, Tier tier) const { return node(id).place[index(tier)].count; }
+  bool has_children(NodeId id) const {  // published ones
+    return node(id).place[0].first_child != NodeId::none ||
+           node(id).place[1].first_child != NodeId::none;
+  }
   const BlockPool& pool(Tier tier) const { return pools_[index(tier)]; }
   std::int32_t num_cached(Tier tier) const { return orders_[index(tier)].size(); }
   std::int32_t num_available(Tier tier) const { return pool(tier).num_free() + num_cached(tier); }
@@ -65,13 +81,13 @@ class BlockTree {
   // --- lookup, by comparing tokens
   NodeId find_child(NodeId parent, const Token* tokens) const;
   NodeId find_equal(NodeId id) const;  // the published node with this parent and these tokens
-  // The child with the longest common run with `tokens`, which no full child matches.
+  // The child on the device with the longest common run with `tokens`.
   std::pair<NodeId, int> find_partial(NodeId parent, std::span<const Token> tokens) const;
 
   // --- references
-  void ref(NodeId id, Tier tier);
+  void ref(NodeId id, Tier tier);  // a node that is in this tier
   void unref(NodeId id, Tier tier, Leave leave);
-  int num_holders(NodeId id) const { return node(id).count[0] + node(id).count[1]; }
+  int num_holders(NodeId id) const { return node(id).place[0].count + node(id).place[1].count; }
   bool sole_holder_stays(NodeId id) const { return num_holders(id) - node(id).leaving == 1; }
   void mark_leaving(NodeId id) { ++at(id).leaving; }
   void unmark_leaving(NodeId id) { --at(id).leaving; }
@@ -98,10 +114,25 @@ class BlockTree {
   }
   bool is_complete(NodeId id) const { return node(id).known == block_size_; }
 
+  // --- between tiers
+  // What place() would take: nodes that are not in the tier, and cached ones that are.
+  struct Missing {
+    std::int32_t blocks = 0;
+    std::int32_t cached = 0;
+  };
+  void begin_count() { ++mark_; }  // each node is counted once from here on
+  void count_missing(NodeId id, Tier tier, Missing& missing);
+  // ref() of each of `ids`, after giving a block, evicting for it if need be, to all nodes on their
+  // paths that are not in this tier. Appends those to `placed`.
+  void place(std::span<const NodeId> ids, Tier tier, std::vector<NodeId>& placed);
+  // A published node takes the block of a private one with the same content.
+  void adopt_block(NodeId id, NodeId twin, Tier tier);
+  void drop_subtree(NodeId id, Tier tier);  // the blocks of a cached node and of all below it
+
   // --- publication
   bool may_publish(NodeId id) const { return is_complete(id) && node(node(id).parent).published; }
   void publish(NodeId id);
-  void unpublish(NodeId id);  // counted and without published children
+  void unpublish(NodeId id);  // without published children; loses what nobody holds of it
   void clear(std::string_view salt);
   void clear_all();
 
@@ -109,8 +140,9 @@ class BlockTree {
   std::span<const Node> nodes() const { return nodes_; }
   std::size_t bytes() const;
   std::int64_t num_evicted() const { return num_evicted_; }
-  // Recomputes everything that this class keeps twice; `ends[n]` sequences end at node n.
-  void verify(std::span<const std::int32_t> ends) const;
+  // Recomputes everything that this class keeps twice; ends[t][n] sequences of a tier end at n.
+  using Ends = std::array<std::vector<std::int32_t>, kNumTiers>;
+  void verify(const Ends& ends) const;
 
  private:
   static constexpr NodeId kAnonymousRoot{0};
@@ -124,11 +156,17 @@ class BlockTree {
   NodeId new_node();
   void free_node(NodeId id);
   void grow(std::size_t num_nodes);  // all its arrays, or throws with none of them used
-  void complete(NodeId id);  // all its tokens are known: hash them, and warm up for publish()
-  void link_child(NodeId id);
-  void unlink_child(NodeId id);
+  void complete(NodeId id);       // all its tokens are known: hash them, and warm up for publish()
+  BlockId take_block(Tier tier);  // evicting for it if need be
+  void give_block(NodeId id, Tier tier);
+  void link_child(NodeId id, Tier tier);
+  void unlink_child(NodeId id, Tier tier);
+  NodeId any_child(NodeId id) const;
   void evict_one(Tier tier);
+  void drop_block(NodeId id, Tier tier);  // of a cached node without children in this tier
   void unpublish_subtree(NodeId root);
+  void verify_tier(Tier tier, const std::vector<std::int32_t>& ends) const;
+  void verify_node(NodeId id) const;
   NodeId find(NodeId parent, const Token* tokens, std::uint64_t hash) const;
   std::uint64_t child_hash(NodeId parent, const Token* tokens) const;
 
@@ -143,6 +181,7 @@ class BlockTree {
   PrefixIndex index_;  // published nodes
   Roots roots_;
   std::unordered_map<NodeId, std::string> salts_;  // the other way round
+  std::uint32_t mark_ = 0;
   std::int64_t num_evicted_ = 0;
 };
 

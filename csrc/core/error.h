@@ -33,6 +33,16 @@ class UnknownSequence : public Error {
               ": it was never issued, or it was released") {}
 };
 
+// The sequence's blocks are not on the device: it is on the host, on its way, or lost its path.
+class NotResident : public Error {
+ public:
+  NotResident(SequenceId id, const std::string& why, TransferId waits_for = TransferId::none)
+      : Error("sequence " + std::to_string(static_cast<std::int64_t>(id)) + " " + why),
+        transfer(waits_for) {}
+
+  const TransferId transfer;  // none: no transfer under way brings it
+};
+
 class OutOfBlocks : public Error {
  public:
   OutOfBlocks(Tier in, std::int64_t wanted, std::int64_t left)

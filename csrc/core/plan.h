@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "core/types.h"
 
@@ -42,13 +43,30 @@ struct StepPlan {
   std::int32_t table_stride = 0;
   std::span<const BlockCopy> copies;
   std::span<const TableUpdate> table_updates;
-  std::span<const std::int64_t> wait_for;  // transfers that must have ended
+  std::span<const TransferId> wait_for;  // transfers that must have ended before any of this
+};
+
+// Copies of blocks from one tier to the other, to be carried out in any order and beside the steps
+// that follow. Not before the steps that were committed earlier, nor before the transfers in
+// `wait_for`. The manager learns of its end by complete() or abort().
+struct TransferPlan {
+  TransferId id = TransferId::none;
+  Tier target = Tier::host;          // device: swap in, host: swap out
+  std::vector<BlockCopy> copies;     // source block of the other tier, target block, tokens in it
+  std::vector<TransferId> wait_for;  // transfers that must have ended before any of this
+};
+
+// What abort() took along.
+struct Aborted {
+  std::vector<TransferId> transfers;  // that needed the aborted one, and are void
+  std::vector<SequenceId> sequences;  // that lost their path, and may be restored or released
 };
 
 struct PrefixHit {
-  std::int64_t num_tokens = 0;
+  std::int64_t num_tokens = 0;  // on the device, which create() takes
   std::int32_t num_full_blocks = 0;
   std::int32_t num_partial_tokens = 0;
+  std::int64_t num_host_tokens = 0;  // beyond the full blocks, which fetch() brings
 };
 
 struct TierStats {
@@ -70,6 +88,9 @@ struct Stats {
   std::int64_t num_copies = 0;           // planned
   std::int64_t num_merged_blocks = 0;
   std::int64_t num_evicted_blocks = 0;
+  std::int64_t num_swapped_out_blocks = 0;  // planned copies
+  std::int64_t num_swapped_in_blocks = 0;
+  std::int64_t num_transfers = 0;  // planned and not ended
   std::int64_t metadata_bytes = 0;
 };
 

@@ -34,7 +34,8 @@ std::uint32_t SequenceTable::open() {
   sequence.length = sequence.known = sequence.cached = 0;
   sequence.row_valid = sequence.sent_valid = 0;
   sequence.sent_row = -1;
-  sequence.admitted = false;
+  sequence.transfer = TransferId::none;
+  sequence.admitted = sequence.dropped = false;
   sequence.tier = Tier::device;
   return slot;
 }

@@ -24,14 +24,22 @@ struct alignas(64) Sequence {
   std::int32_t row_valid = 0;
   std::int32_t sent_row = -1;
   std::int32_t sent_valid = 0;
-  bool admitted = false;  // has committed an append
+  TransferId transfer = TransferId::none;  // the last one that its blocks came with
+  bool admitted = false;                   // has committed an append
+  bool dropped = false;                    // lost its path, and was not restored yet
   Tier tier = Tier::device;
+
+  // False: nothing can be in the way of a step.
+  bool may_be_away() const {
+    return transfer != TransferId::none || dropped || tier != Tier::device;
+  }
 
   void lower_row(std::int32_t valid) {
     if (row_valid > valid) row_valid = valid;
     if (sent_valid > valid) sent_valid = valid;
   }
 };
+static_assert(sizeof(Sequence) == 64);
 
 // Slots and ids. An id carries its slot's generation, so that a stale one is never another's.
 class SequenceTable {

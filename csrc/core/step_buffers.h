@@ -53,6 +53,7 @@ struct StepBuffers {
   std::vector<std::int32_t> widths;  // and how many; the rest of the row is padding
   std::vector<BlockCopy> copies;
   std::vector<TableUpdate> table_updates;
+  std::vector<TransferId> wait_for;
 };
 
 }  // namespace pagedkv

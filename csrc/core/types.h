@@ -21,7 +21,9 @@ namespace pagedkv {
 
 enum class Tier : std::uint8_t { device = 0, host = 1 };
 inline constexpr int kNumTiers = 2;
+inline constexpr Tier kTiers[kNumTiers] = {Tier::device, Tier::host};
 inline constexpr std::size_t index(Tier tier) { return static_cast<std::size_t>(tier); }
+inline constexpr Tier other(Tier tier) { return tier == Tier::device ? Tier::host : Tier::device; }
 inline constexpr const char* name(Tier tier) { return tier == Tier::device ? "device" : "host"; }
 
 using Token = std::int32_t;
@@ -30,6 +32,7 @@ using Token = std::int32_t;
 enum class NodeId : std::int32_t { none = -1 };
 enum class BlockId : std::int32_t { none = 0 };
 enum class SequenceId : std::int64_t {};
+enum class TransferId : std::int64_t { none = 0 };
 
 inline constexpr std::size_t index(NodeId node) { return static_cast<std::size_t>(node); }
 inline constexpr std::int32_t index(BlockId block) { return static_cast<std::int32_t>(block); }

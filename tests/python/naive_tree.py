@@ -72,15 +72,16 @@ class NaiveTree:
 
     def leave(self, node: Node, *, hot: bool) -> None:
         """What nobody needs any more, from a node that was just left upwards."""
-        coldest = 0
+        behind = None
         while node.parent is not None and self.holders(node) == 0:
             if not node.published:
                 self.nodes.remove(node)
             elif hot:
                 self.cached.append(node)
             else:
-                self.cached.insert(coldest, node)
-                coldest += 1
+                behind = behind or (node.children[-1] if node.children else None)
+                self.cached.insert(self.cached.index(behind) + 1 if behind else 0, node)
+                behind = node
             node = node.parent
 
     def unpublish(self, node: Node) -> None:

@@ -51,8 +51,6 @@ FUNCTION_RATCHET = {
     "csrc/bindings/buffers.cpp Argument": 82,
     "csrc/bindings/manager.cpp bind_manager": 144,
     "csrc/core/block_manager_step.cpp append": 83,
-    "csrc/core/block_tree_verify.cpp verify": 82,
-    "csrc/core/block_manager_publish.cpp record": 71,
 }
 
 SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".py", ".pyi"}

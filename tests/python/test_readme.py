@@ -26,4 +26,4 @@ def test_block_runs(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     if "num_hit_tokens" in code:
         assert printed.splitlines()[-1] == "39"
     if "salt=" in code:
-        assert "PrefixHit(num_tokens=96, num_full_blocks=6, num_partial_tokens=0)" in printed
+        assert "PrefixHit(num_tokens=96, num_full_blocks=6, num_partial_tokens=0" in printed

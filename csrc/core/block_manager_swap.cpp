@@ -1,0 +1,228 @@
+// Between tiers: swap_out(), swap_in(), fetch(), their ends, and recomputation.
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "core/block_manager.h"
+#include "core/check.h"
+#include "core/error.h"
+
+namespace pagedkv {
+
+// ------------------------------------------------------------------------------------ planning
+
+TransferPlan BlockManager::swap_out(std::span<const SequenceId> ids) {
+  return move(ids, Tier::device, Tier::host);
+}
+
+TransferPlan BlockManager::swap_in(std::span<const SequenceId> ids) {
+  return move(ids, Tier::host, Tier::device);
+}
+
+TransferPlan BlockManager::move(std::span<const SequenceId> ids, Tier source, Tier target) {
+  require_no_open_step();
+  require_host_tier();
+  begin_batch(ids.size());
+  tips_.clear();
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    const std::uint32_t slot = enter(ids[i], i);
+    require_path(slot);
+    if (sequences_[slot].tier != source) {
+      throw InvalidState("ids[" + std::to_string(i) + "] is on the " + std::string(name(target)) +
+                         " tier already");
+    }
+    tips_.push_back(sequences_[slot].tip);
+  }
+  const std::size_t num_copies = require_blocks(tips_, target);
+  TransferPlan plan = plan_paths(tips_, target, num_copies);
+  for (const SequenceId id : ids) {
+    const std::uint32_t slot = sequences_.slot(id);
+    Sequence& sequence = sequences_[slot];
+    tree_.unref(sequence.tip, source, Leave::hot);
+    sequence.tier = target;
+    sequence.transfer = plan.id;
+    sequence.lower_row(0);
+    if (!wanted_.empty()) wanted_.erase(slot);
+  }
+  note_peak();
+  return plan;
+}
+
+void BlockManager::require_host_tier() const {
+  if (config_.num_host_blocks > 0) return;
+  throw InvalidState("there is no host tier: num_host_blocks is 0");
+}
+
+// How many blocks the paths to `tips` need to be in a tier; throws if it does not have them.
+std::size_t BlockManager::require_blocks(std::span<const NodeId> tips, Tier target) {
+  BlockTree::Missing missing;
+  tree_.begin_count();
+  for (const NodeId tip : tips) tree_.count_missing(tip, target, missing);
+  const std::int32_t available = tree_.num_available(target) - missing.cached;
+  if (missing.blocks > available) throw OutOfBlocks(target, missing.blocks, available);
+  return static_cast<std::size_t>(missing.blocks);
+}
+
+// Counts the paths to `tips` in the target tier, with copies of what is not there.
+TransferPlan BlockManager::plan_paths(std::span<const NodeId> tips, Tier target,
+                                      std::size_t num_copies) {
+  const Tier source = other(target);
+  TransferPlan plan;
+  plan.target = target;
+  plan.copies.reserve(num_copies);
+  placed_.clear();
+  placed_.reserve(num_copies);
+  TransferTable::Transfer& transfer = transfers_.open(target);
+  plan.id = transfer.id;
+  const bool alone = transfers_.transfers().size() == 1;
+  try {  // memory is taken before the first change
+    transfer.landings.reserve(num_copies);
+    transfer.wait_for.reserve(transfers_.transfers().size());
+    transfer.depends_on.reserve(transfers_.transfers().size());
+    plan.wait_for.reserve(transfers_.transfers().size());
+  } catch (...) {
+    transfers_.close(plan.id);
+    throw;
+  }
+  for (const NodeId tip : tips) {
+    // What is there already may still be landing: then this transfer ends after that one.
+    for (NodeId node = tip; !alone && !tree_.is_root(node); node = tree_.node(node).parent) {
+      const BlockId block = tree_.block(node, target);
+      if (block == BlockId::none) continue;
+      const TransferId writer = transfers_.landing(target, block);
+      if (writer == TransferId::none) continue;
+      TransferTable::add(transfer.depends_on, writer);
+      TransferTable::add(transfer.wait_for, writer);
+    }
+  }
+  tree_.place(tips, target, placed_);
+  for (const NodeId node : placed_) {
+    const BlockId from = tree_.block(node, source);
+    const BlockId to = tree_.block(node, target);
+    transfers_.read(transfer, source, from);
+    transfers_.write(transfer, node, to);
+    plan.copies.push_back({from, to, tree_.node(node).fill});
+  }
+  plan.wait_for.assign(transfer.wait_for.begin(), transfer.wait_for.end());
+  (target == Tier::host ? totals_.num_swapped_out_blocks : totals_.num_swapped_in_blocks) +=
+      static_cast<std::int64_t>(num_copies);
+  return plan;
+}
+
+// -------------------------------------------------------------------------------------- ending
+
+TransferId BlockManager::waits_for(SequenceId id) const {
+  const TransferId transfer = sequences_[sequences_.slot(id)].transfer;
+  return transfers_.in_flight(transfer) ? transfer : TransferId::none;
+}
+
+void BlockManager::complete(TransferId id) {
+  require_no_open_step();
+  const TransferTable::Transfer* transfer = transfers_.find(id);
+  const auto text = [](TransferId t) { return std::to_string(static_cast<std::int64_t>(t)); };
+  if (transfer == nullptr) {
+    throw InvalidState("transfer " + text(id) +
+                       " is not in flight: it was never planned, or ended");
+  }
+  for (const TransferId before : transfer->wait_for) {
+    if (!transfers_.in_flight(before)) continue;
+    throw InvalidState("transfer " + text(id) + " cannot end before transfer " + text(before) +
+                       ", which it waits for");
+  }
+  transfers_.close(id);
+}
+
+Aborted BlockManager::abort(TransferId id) {
+  require_no_open_step();
+  if (!transfers_.in_flight(id)) {
+    throw InvalidState("transfer " + std::to_string(static_cast<std::int64_t>(id)) +
+                       " is not in flight: it was never planned, or ended");
+  }
+  Aborted aborted;
+  std::vector<TransferId> failed{id};
+  for (TransferTable::Transfer& transfer : transfers_.transfers()) {  // ids ascend, so one pass
+    const auto is_failed = [&](TransferId t) {
+      return std::ranges::find(failed, t) != failed.end();
+    };
+    if (transfer.is_void || transfer.id == id ||
+        std::ranges::none_of(transfer.depends_on, is_failed)) {
+      continue;
+    }
+    failed.push_back(transfer.id);
+    aborted.transfers.push_back(transfer.id);
+  }
+  for (std::uint32_t slot = 0; slot < sequences_.num_slots(); ++slot) {
+    if (sequences_[slot].tip == NodeId::none) continue;
+    if (std::ranges::find(failed, sequences_[slot].transfer) == failed.end()) continue;
+    aborted.sequences.push_back(sequences_.id(slot));
+    drop_path(slot);
+  }
+  for (const TransferId t : failed) {
+    TransferTable::Transfer& transfer = *transfers_.find(t);
+    for (const auto& [node, block] : transfer.landings) {
+      if (transfers_.landing(transfer.target, block) != t) continue;
+      transfers_.land(transfer.target, block);
+      // It may have gone with an ancestor, or with its last holder.
+      if (!tree_.node(node).live || tree_.block(node, transfer.target) != block) continue;
+      KV_CHECK(tree_.count(node, transfer.target) == 0);
+      tree_.drop_subtree(node, transfer.target);
+    }
+    // Those that needed it may still be copying: their blocks are waited for until they end.
+    transfer.landings.clear();
+    transfer.is_void = true;
+  }
+  transfers_.close(id);
+  return aborted;
+}
+
+// ------------------------------------------------------------------------------- recomputation
+
+void BlockManager::drop(std::span<const SequenceId> ids) {
+  require_no_open_step();
+  begin_batch(ids.size());
+  for (std::size_t i = 0; i < ids.size(); ++i) require_path(enter(ids[i], i));
+  for (const SequenceId id : ids) drop_path(sequences_.slot(id));
+}
+
+// The sequence ends at its root, and remembers which tokens it held.
+void BlockManager::drop_path(std::uint32_t slot) {
+  Sequence& sequence = sequences_[slot];
+  const std::int32_t size = num_blocks(sequence.length);
+  std::vector<Token> tokens(static_cast<std::size_t>(sequence.known));
+  NodeId node = sequence.tip;
+  for (std::int32_t i = size; i-- > 0; node = tree_.node(node).parent) {
+    const std::int32_t known = std::min(sequence.known - i * block_size_, block_size_);
+    if (known > 0) std::copy_n(tree_.tokens(node), known, tokens.data() + i * block_size_);
+  }
+  wanted_[slot] = {0, std::move(tokens)};
+  tree_.ref(node, Tier::device);
+  tree_.unref(sequence.tip, sequence.tier, Leave::hot);
+  num_logical_ -= size;
+  sequence.tip = node;
+  sequence.length = sequence.known = sequence.cached = 0;
+  sequence.transfer = TransferId::none;
+  sequence.tier = Tier::device;
+  sequence.dropped = true;
+  sequence.admitted = false;
+  sequence.lower_row(0);
+}
+
+void BlockManager::restore(std::span<const SequenceId> ids) {
+  require_no_open_step();
+  begin_batch(ids.size());
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    if (sequences_[enter(ids[i], i)].dropped) continue;
+    throw InvalidState("ids[" + std::to_string(i) +
+                       "] was not dropped, and has nothing to restore");
+  }
+  for (const SequenceId id : ids) {
+    const std::uint32_t slot = sequences_.slot(id);
+    const std::vector<Token> tokens = std::move(wanted_[slot].tokens);
+    wanted_.erase(slot);
+    SequenceTable::grow_row(sequences_[slot], num_blocks(static_cast<std::int32_t>(tokens.size())));
+    take_hit(slot, tokens, static_cast<std::int32_t>(tokens.size()));
+    sequences_[slot].dropped = false;
+  }
+}
+
+}  // namespace pagedkv

@@ -1,0 +1,76 @@
+#include "core/transfer_table.h"
+
+#include <algorithm>
+
+#include "core/check.h"
+
+namespace pagedkv {
+
+TransferTable::TransferTable(std::int32_t num_device_blocks, std::int32_t num_host_blocks) {
+  if (num_host_blocks == 0) return;
+  uses_[index(Tier::device)].resize(static_cast<std::size_t>(num_device_blocks) + 1);
+  uses_[index(Tier::host)].resize(static_cast<std::size_t>(num_host_blocks) + 1);
+}
+
+std::size_t TransferTable::bytes() const {
+  return (uses_[0].capacity() + uses_[1].capacity()) * sizeof(Use);
+}
+
+const TransferTable::Transfer* TransferTable::find(TransferId id) const {
+  const auto less = [](const Transfer& transfer, TransferId wanted) {
+    return transfer.id < wanted;
+  };
+  const auto it = std::lower_bound(in_flight_.begin(), in_flight_.end(), id, less);
+  return it != in_flight_.end() && it->id == id ? &*it : nullptr;
+}
+
+TransferTable::Transfer* TransferTable::find(TransferId id) {
+  return const_cast<Transfer*>(static_cast<const TransferTable&>(*this).find(id));
+}
+
+TransferTable::Transfer& TransferTable::open(Tier target) {
+  last_ = TransferId{static_cast<std::int64_t>(last_) + 1};
+  return in_flight_.emplace_back(Transfer{last_, target, {}, {}, {}});
+}
+
+void TransferTable::close(TransferId id) {
+  Transfer* transfer = find(id);
+  KV_CHECK(transfer != nullptr);
+  for (const Landing& landing : transfer->landings) {
+    if (use(transfer->target, landing.block).writer == id) land(transfer->target, landing.block);
+  }
+  in_flight_.erase(in_flight_.begin() + (transfer - in_flight_.data()));
+}
+
+void TransferTable::add(std::vector<TransferId>& transfers, TransferId id) {
+  if (!transfers.empty() && transfers.back() == id) return;
+  if (std::find(transfers.begin(), transfers.end(), id) == transfers.end()) transfers.push_back(id);
+}
+
+void TransferTable::wait_for(Tier tier, BlockId block, std::vector<TransferId>& transfers) const {
+  if (idle()) return;
+  const TransferId last = use(tier, block).last;
+  if (in_flight(last)) add(transfers, last);
+}
+
+void TransferTable::claim(Tier tier, BlockId block, std::vector<TransferId>& transfers) {
+  if (idle()) return;
+  wait_for(tier, block, transfers);
+  land(tier, block);
+}
+
+void TransferTable::read(Transfer& transfer, Tier tier, BlockId block) {
+  Use& use = this->use(tier, block);
+  if (use.last != TransferId::none && in_flight(use.last)) add(transfer.wait_for, use.last);
+  if (use.writer != TransferId::none) add(transfer.depends_on, use.writer);
+  use.last = transfer.id;
+}
+
+void TransferTable::write(Transfer& transfer, NodeId node, BlockId block) {
+  Use& use = this->use(transfer.target, block);
+  if (use.last != TransferId::none && in_flight(use.last)) add(transfer.wait_for, use.last);
+  use.last = use.writer = transfer.id;
+  transfer.landings.push_back({node, block});
+}
+
+}  // namespace pagedkv
