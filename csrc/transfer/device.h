@@ -78,10 +78,12 @@ class Device {
   virtual std::byte* allocate_host(std::size_t bytes) = 0;
   virtual void free_host(std::byte* memory, std::size_t bytes) = 0;
 
-  // Waits until all that was enqueued has ended; afterwards every call but this one throws.
+  // Waits until all that was enqueued has ended. Afterwards this call and free_host() are the only
+  // ones that do not throw.
   virtual void close() = 0;
 
-  // How often a call has blocked the host, in wait() or in a fence of rule 3's exception.
+  // How often a call has blocked the host, in wait() or in a fence of rule 3's exception. Of an
+  // open or a closed machine.
   virtual std::int64_t num_host_waits() const = 0;
 };
 
