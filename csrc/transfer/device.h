@@ -78,7 +78,8 @@ class Device {
   virtual std::byte* allocate_host(std::size_t bytes) = 0;
   virtual void free_host(std::byte* memory, std::size_t bytes) = 0;
 
-  // Waits until all that was enqueued has ended; afterwards every call but this one throws.
+  // Waits until all that was enqueued has ended. Afterwards every call throws but this one,
+  // free_host() and num_host_waits().
   virtual void close() = 0;
 
   // How often a call has blocked the host, in wait() or in a fence of rule 3's exception.
