@@ -1,0 +1,286 @@
+#include "transfer/transfer_engine.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "core/check.h"
+
+namespace pagedkv {
+
+namespace {
+
+std::string text(TransferId id) { return std::to_string(static_cast<std::int64_t>(id)); }
+
+}  // namespace
+
+TransferEngine::TransferEngine(std::shared_ptr<Device> device, std::vector<BlockRegion> regions,
+                               const EngineOptions& options)
+    : device_(std::move(device)), device_regions_(std::move(regions)), options_(options) {
+  const std::int64_t num_blocks = std::int64_t{options_.num_host_blocks} + 1;
+  std::size_t bytes = 0;
+  for (const BlockRegion& region : device_regions_) {
+    bytes += static_cast<std::size_t>(num_blocks * region.block_bytes);
+  }
+  out_ = device_->make_stream();
+  in_ = device_->make_stream();
+  host_ = device_->allocate_host(bytes);
+  host_bytes_ = bytes;
+  std::byte* base = host_;
+  for (const BlockRegion& region : device_regions_) {
+    host_regions_.push_back({base, region.block_bytes, region.block_bytes});
+    base += num_blocks * region.block_bytes;
+  }
+}
+
+TransferEngine::~TransferEngine() {
+  try {
+    close();
+  } catch (...) {  // a device that is lost has nothing left to wait for
+  }
+}
+
+void TransferEngine::check_open() const {
+  if (closed_) throw DeviceError("the transfer engine is closed");
+}
+
+const TransferEngine::Transfer* TransferEngine::find(TransferId id) const {
+  const auto less = [](const Transfer& transfer, TransferId wanted) {
+    return transfer.id < wanted;
+  };
+  const auto it = std::lower_bound(transfers_.begin(), transfers_.end(), id, less);
+  return it != transfers_.end() && it->id == id ? &*it : nullptr;
+}
+
+TransferEngine::Transfer* TransferEngine::find(TransferId id) {
+  return const_cast<Transfer*>(static_cast<const TransferEngine&>(*this).find(id));
+}
+
+std::size_t TransferEngine::num_issued() const {
+  return static_cast<std::size_t>(std::ranges::count_if(
+      transfers_, [](const Transfer& t) { return t.state == State::issued; }));
+}
+
+// The caller's stream now. If it is another one than before, it continues the other one's work.
+Stream TransferEngine::compute_stream() {
+  const Stream now = device_->compute_stream();
+  if (has_compute_ && now != compute_) {
+    const Event before = device_->record(compute_);
+    device_->fence(now, before, FenceSite::stream_after_stream);
+    device_->recycle(before);
+  }
+  compute_ = now;
+  has_compute_ = true;
+  return now;
+}
+
+// ---------------------------------------------------------------------------------- submission
+
+// The plan's copies as contiguous pieces of memory: neighbours on both sides become one.
+std::vector<CopyRun> TransferEngine::runs_of(const TransferPlan& plan) const {
+  const bool out = plan.target == Tier::host;
+  const std::int32_t num_sources = out ? options_.num_device_blocks : options_.num_host_blocks;
+  const std::int32_t num_targets = out ? options_.num_host_blocks : options_.num_device_blocks;
+  std::vector<std::pair<std::int32_t, std::int32_t>> copies;
+  copies.reserve(plan.copies.size());
+  for (const BlockCopy& copy : plan.copies) {
+    const std::int32_t source = index(copy.source);
+    const std::int32_t target = index(copy.target);
+    if (source < 1 || source > num_sources || target < 1 || target > num_targets) {
+      throw InvalidSpec("transfer " + text(plan.id) + " names a block outside its tier");
+    }
+    copies.emplace_back(source, target);
+  }
+  std::ranges::sort(copies);
+  std::vector<CopyRun> runs;
+  for (std::size_t r = 0; r < device_regions_.size(); ++r) {
+    const BlockRegion& from = out ? device_regions_[r] : host_regions_[r];
+    const BlockRegion& to = out ? host_regions_[r] : device_regions_[r];
+    const bool dense = from.block_stride == from.block_bytes && to.block_stride == to.block_bytes;
+    for (std::size_t i = 0; i < copies.size();) {
+      std::size_t n = 1;
+      while (dense && i + n < copies.size() &&
+             copies[i + n] ==
+                 std::pair(copies[i + n - 1].first + 1, copies[i + n - 1].second + 1)) {
+        ++n;
+      }
+      runs.push_back({to.base + copies[i].second * to.block_stride,
+                      from.base + copies[i].first * from.block_stride,
+                      n * static_cast<std::size_t>(from.block_bytes)});
+      i += n;
+    }
+  }
+  return runs;
+}
+
+void TransferEngine::submit(const TransferPlan& plan) {
+  check_open();
+  if (!transfers_.empty() && plan.id <= transfers_.back().id) {
+    throw InvalidState("transfer " + text(plan.id) + " comes after transfer " +
+                       text(transfers_.back().id) + ": submit plans in their order, once");
+  }
+  Transfer transfer{plan.id, plan.target, State::queued, plan.wait_for, runs_of(plan), {}, {}, {}};
+  const Stream compute = compute_stream();
+  transfer.behind = device_->record(compute);
+  try {
+    transfers_.push_back(std::move(transfer));
+  } catch (...) {
+    device_->recycle(transfer.behind);
+    throw;
+  }
+  while (num_issued() < static_cast<std::size_t>(options_.max_in_flight) && issue_next()) {
+  }
+}
+
+// Issues the first that is not; false if there is none.
+bool TransferEngine::issue_next() {
+  for (Transfer& transfer : transfers_) {
+    if (transfer.state == State::issued || transfer.state == State::void_) continue;
+    issue(transfer);
+    return transfer.state != State::copying;
+  }
+  return false;
+}
+
+void TransferEngine::issue_up_to(TransferId id) {
+  for (Transfer& transfer : transfers_) {
+    if (transfer.id > id) return;
+    if (transfer.state == State::queued || transfer.state == State::copying) issue(transfer);
+    if (transfer.state != State::copying) continue;
+    throw DeviceError("transfer " + text(transfer.id) +
+                      " cannot be waited for: the device refuses "
+                      "an event");
+  }
+}
+
+// A device that refuses makes the transfer fail; one that refuses the event after the copies leaves
+// it `copying`, to be tried again, since nobody knows when they end. All before it are issued.
+void TransferEngine::issue(Transfer& transfer) {
+  const Stream stream = this->stream(transfer.target);
+  if (transfer.state == State::queued) {
+    try {
+      device_->fence(stream, transfer.behind, FenceSite::transfer_after_compute);
+      for (const TransferId id : transfer.wait_for) {
+        fence_behind(stream, id, FenceSite::transfer_after_transfer);
+      }
+      device_->copy(stream, transfer.runs);
+    } catch (const DeviceError& error) {
+      return make_void(transfer, error.what());
+    }
+    transfer.state = State::copying;
+    num_runs_ += static_cast<std::int64_t>(transfer.runs.size());
+    device_->recycle(std::exchange(transfer.behind, Event::none));
+  }
+  try {
+    transfer.end = device_->record(stream);
+  } catch (const DeviceError&) {
+    return;
+  }
+  transfer.state = State::issued;
+}
+
+// Makes a stream wait for the end of a transfer: of its copies or, if it has none, of what it waits
+// for itself.
+void TransferEngine::fence_behind(Stream stream, TransferId id, FenceSite site) {
+  const Transfer* transfer = find(id);
+  if (transfer == nullptr) return;
+  if (transfer->state == State::issued) {
+    if (this->stream(transfer->target) != stream) device_->fence(stream, transfer->end, site);
+    return;
+  }
+  KV_CHECK(transfer->state == State::void_);
+  for (const TransferId before : transfer->wait_for) fence_behind(stream, before, site);
+}
+
+void TransferEngine::make_void(Transfer& transfer, const std::string& why) {
+  transfer.state = State::void_;
+  transfer.why = why;
+  if (transfer.behind == Event::none) return;
+  const Event behind = std::exchange(transfer.behind, Event::none);
+  try {
+    device_->recycle(behind);
+  } catch (const DeviceError&) {  // lost, and its events with it
+  }
+}
+
+void TransferEngine::step(std::span<const TransferId> wait_for) {
+  check_open();
+  const Stream compute = compute_stream();
+  for (const TransferId id : wait_for) {
+    issue_up_to(id);
+    fence_behind(compute, id, FenceSite::step_after_transfer);
+  }
+}
+
+// -------------------------------------------------------------------------------------- ending
+
+bool TransferEngine::has_ended(Transfer& transfer, Ended& ended) {
+  const auto in_flight = [this](TransferId id) { return find(id) != nullptr; };
+  if (std::ranges::any_of(transfer.wait_for, in_flight)) return false;
+  ended = {transfer.id, true, transfer.why};
+  if (transfer.state == State::void_) return true;
+  if (transfer.state != State::issued) return false;
+  try {
+    const Status status = device_->poll(transfer.end);
+    if (status == Status::pending) return false;
+    ended.failed = status == Status::failed;
+    if (ended.failed) ended.why = device_->failure(transfer.end);
+    device_->recycle(transfer.end);
+  } catch (const DeviceError& error) {  // a device that is lost touches nothing any more
+    ended = {transfer.id, true, error.what()};
+  }
+  return true;
+}
+
+std::vector<TransferEngine::Ended> TransferEngine::poll() {
+  check_open();
+  std::vector<Ended> all;
+  for (auto it = transfers_.begin(); it != transfers_.end();) {
+    Ended ended;
+    if (has_ended(*it, ended)) {
+      all.push_back(std::move(ended));
+      it = transfers_.erase(it);
+    } else {
+      ++it;
+    }
+  }
+  while (num_issued() < static_cast<std::size_t>(options_.max_in_flight) && issue_next()) {
+  }
+  return all;
+}
+
+void TransferEngine::wait(TransferId id) {
+  check_open();
+  if (find(id) == nullptr) return;
+  issue_up_to(id);
+  const Transfer& transfer = *find(id);
+  if (transfer.state == State::issued) {
+    device_->wait(transfer.end);
+    return;
+  }
+  const std::vector<TransferId> before = transfer.wait_for;
+  for (const TransferId t : before) wait(t);
+}
+
+bool TransferEngine::cancel(TransferId id) {
+  check_open();
+  Transfer* transfer = find(id);
+  if (transfer == nullptr || transfer->state != State::queued) return false;
+  make_void(*transfer, "cancelled");
+  return true;
+}
+
+void TransferEngine::close() {
+  if (std::exchange(closed_, true)) return;
+  for (Transfer& transfer : transfers_) {
+    if (transfer.state == State::queued) make_void(transfer, "the transfer engine was closed");
+    try {
+      if (transfer.state == State::copying) issue(transfer);
+      if (transfer.state == State::issued) device_->wait(transfer.end);
+    } catch (const DeviceError&) {  // lost: nothing is copied any more
+    }
+  }
+  transfers_.clear();
+  device_->free_host(std::exchange(host_, nullptr), host_bytes_);
+}
+
+}  // namespace pagedkv
