@@ -186,6 +186,7 @@ class BlockManager {
   TransferPlan move(std::span<const SequenceId> ids, Tier source, Tier target);
   std::size_t require_blocks(std::span<const NodeId> tips, Tier target);
   TransferPlan plan_paths(std::span<const NodeId> tips, Tier target, std::size_t num_copies);
+  std::span<Token> want(std::uint32_t slot, std::int32_t first_block, std::size_t num_tokens);
   void drop_path(std::uint32_t slot);
   std::size_t check_record(std::span<const SequenceId> ids, std::span<const Token> tokens,
                            std::span<const std::int64_t> counts);

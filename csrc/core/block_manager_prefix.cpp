@@ -37,13 +37,7 @@ SequenceId BlockManager::create(std::span<const Token> tokens, std::string_view 
   }
   // The last token is left to compute, so that there are logits.
   tree_.ref(root, Tier::device);
-  try {
-    take_hit(slot, tokens, static_cast<std::int32_t>(tokens.size()) - 1);
-  } catch (...) {
-    sequences_.close(slot);
-    tree_.unref(root, Tier::device, Leave::hot);
-    throw;
-  }
+  take_hit(slot, tokens, static_cast<std::int32_t>(tokens.size()) - 1);
   return sequences_.id(slot);
 }
 
@@ -64,7 +58,8 @@ void BlockManager::take_hit(std::uint32_t slot, std::span<const Token> tokens, s
   const auto rest = tokens.subspan(static_cast<std::size_t>(length),
                                    static_cast<std::size_t>(std::max(most - length, 0)));
   if (next != NodeId::none && is_fetchable(next)) {
-    wanted_[slot] = {blocks_below(length), {rest.begin(), rest.end()}};
+    const std::span<Token> wanted = want(slot, blocks_below(length), rest.size());
+    std::copy_n(rest.data(), std::min(rest.size(), wanted.size()), wanted.data());
   }
   if (!rest.empty()) {
     const auto [child, run] = tree_.find_partial(node, rest);

@@ -177,6 +177,18 @@ Aborted BlockManager::abort(TransferId id) {
 
 // ------------------------------------------------------------------------------- recomputation
 
+// Room for tokens that the sequence would hold; none where there is no memory for them, since a
+// sequence that forgets them only has more to compute.
+std::span<Token> BlockManager::want(std::uint32_t slot, std::int32_t first_block,
+                                    std::size_t num_tokens) {
+  try {
+    Wanted& wanted = wanted_[slot] = {first_block, std::vector<Token>(num_tokens)};
+    return wanted.tokens;
+  } catch (const std::bad_alloc&) {
+    return {};
+  }
+}
+
 void BlockManager::drop(std::span<const SequenceId> ids) {
   require_no_open_step();
   begin_batch(ids.size());
@@ -188,13 +200,14 @@ void BlockManager::drop(std::span<const SequenceId> ids) {
 void BlockManager::drop_path(std::uint32_t slot) {
   Sequence& sequence = sequences_[slot];
   const std::int32_t size = num_blocks(sequence.length);
-  std::vector<Token> tokens(static_cast<std::size_t>(sequence.known));
+  const std::span<Token> tokens = want(slot, 0, static_cast<std::size_t>(sequence.known));
   NodeId node = sequence.tip;
   for (std::int32_t i = size; i-- > 0; node = tree_.node(node).parent) {
-    const std::int32_t known = std::min(sequence.known - i * block_size_, block_size_);
-    if (known > 0) std::copy_n(tree_.tokens(node), known, tokens.data() + i * block_size_);
+    const auto first = static_cast<std::size_t>(i) * static_cast<std::size_t>(block_size_);
+    if (first >= tokens.size()) continue;
+    const std::span<Token> part = tokens.subspan(first);
+    std::copy_n(tree_.tokens(node), std::min(part.size(), std::size_t(block_size_)), part.data());
   }
-  wanted_[slot] = {0, std::move(tokens)};
   tree_.ref(node, Tier::device);
   tree_.unref(sequence.tip, sequence.tier, Leave::hot);
   num_logical_ -= size;
@@ -217,8 +230,11 @@ void BlockManager::restore(std::span<const SequenceId> ids) {
   }
   for (const SequenceId id : ids) {
     const std::uint32_t slot = sequences_.slot(id);
-    const std::vector<Token> tokens = std::move(wanted_[slot].tokens);
-    wanted_.erase(slot);
+    std::vector<Token> tokens;
+    if (const auto wanted = wanted_.find(slot); wanted != wanted_.end()) {
+      tokens = std::move(wanted->second.tokens);
+      wanted_.erase(wanted);
+    }
     SequenceTable::grow_row(sequences_[slot], num_blocks(static_cast<std::int32_t>(tokens.size())));
     take_hit(slot, tokens, static_cast<std::int32_t>(tokens.size()));
     sequences_[slot].dropped = false;

@@ -189,7 +189,8 @@ std::pair<NodeId, int> BlockTree::find_partial(NodeId parent, std::span<const To
 
 // -------------------------------------------------------------------------------- references
 
-void BlockTree::ref(NodeId id, Tier tier) {
+void BlockTree::ref(NodeId id, Tier tier KV_SITE_PARAMETER) {
+  KV_MUTABLE();
   const std::size_t t = index(tier);
   for (;;) {
     Node& n = at(id);
@@ -199,7 +200,8 @@ void BlockTree::ref(NodeId id, Tier tier) {
   }
 }
 
-void BlockTree::unref(NodeId id, Tier tier, Leave leave) {
+void BlockTree::unref(NodeId id, Tier tier, Leave leave KV_SITE_PARAMETER) {
+  KV_MUTABLE();
   const std::size_t t = index(tier);
   NodeId behind = NodeId::none;  // a child of `id`, which must not go after it
   for (;;) {
@@ -293,7 +295,8 @@ NodeId BlockTree::any_child(NodeId id) const {
   return child != NodeId::none ? child : node(id).place[1].first_child;
 }
 
-void BlockTree::publish(NodeId id) {
+void BlockTree::publish(NodeId id KV_SITE_PARAMETER) {
+  KV_MUTABLE();
   Node& n = at(id);
   KV_CHECK(!n.published && may_publish(id));
   n.published = 1;

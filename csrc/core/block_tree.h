@@ -12,6 +12,7 @@
 
 #include "core/block_pool.h"
 #include "core/eviction_order.h"
+#include "core/mutant.h"
 #include "core/prefix_index.h"
 #include "core/types.h"
 
@@ -85,8 +86,8 @@ class BlockTree {
   std::pair<NodeId, int> find_partial(NodeId parent, std::span<const Token> tokens) const;
 
   // --- references
-  void ref(NodeId id, Tier tier);  // a node that is in this tier
-  void unref(NodeId id, Tier tier, Leave leave);
+  void ref(NodeId id, Tier tier KV_SITE);  // a node that is in this tier
+  void unref(NodeId id, Tier tier, Leave leave KV_SITE);
   int num_holders(NodeId id) const { return node(id).place[0].count + node(id).place[1].count; }
   bool sole_holder_stays(NodeId id) const { return num_holders(id) - node(id).leaving == 1; }
   void mark_leaving(NodeId id) { ++at(id).leaving; }
@@ -131,7 +132,7 @@ class BlockTree {
 
   // --- publication
   bool may_publish(NodeId id) const { return is_complete(id) && node(node(id).parent).published; }
-  void publish(NodeId id);
+  void publish(NodeId id KV_SITE);
   void unpublish(NodeId id);  // without published children; loses what nobody holds of it
   void clear(std::string_view salt);
   void clear_all();

@@ -42,31 +42,43 @@ void TransferTable::close(TransferId id) {
   in_flight_.erase(in_flight_.begin() + (transfer - in_flight_.data()));
 }
 
-void TransferTable::add(std::vector<TransferId>& transfers, TransferId id) {
+void TransferTable::land(Tier tier, BlockId block KV_SITE_PARAMETER) {
+  KV_MUTABLE();
+  use(tier, block).writer = TransferId::none;
+}
+
+void TransferTable::add(std::vector<TransferId>& transfers, TransferId id KV_SITE_PARAMETER) {
+  KV_MUTABLE();
   if (!transfers.empty() && transfers.back() == id) return;
   if (std::find(transfers.begin(), transfers.end(), id) == transfers.end()) transfers.push_back(id);
 }
 
-void TransferTable::wait_for(Tier tier, BlockId block, std::vector<TransferId>& transfers) const {
+void TransferTable::wait_for(Tier tier, BlockId block,
+                             std::vector<TransferId>& transfers KV_SITE_PARAMETER) const {
+  KV_MUTABLE();
   if (idle()) return;
   const TransferId last = use(tier, block).last;
   if (in_flight(last)) add(transfers, last);
 }
 
-void TransferTable::claim(Tier tier, BlockId block, std::vector<TransferId>& transfers) {
+void TransferTable::claim(Tier tier, BlockId block,
+                          std::vector<TransferId>& transfers KV_SITE_PARAMETER) {
+  KV_MUTABLE();
   if (idle()) return;
   wait_for(tier, block, transfers);
   land(tier, block);
 }
 
-void TransferTable::read(Transfer& transfer, Tier tier, BlockId block) {
+void TransferTable::read(Transfer& transfer, Tier tier, BlockId block KV_SITE_PARAMETER) {
+  KV_MUTABLE();
   Use& use = this->use(tier, block);
   if (use.last != TransferId::none && in_flight(use.last)) add(transfer.wait_for, use.last);
   if (use.writer != TransferId::none) add(transfer.depends_on, use.writer);
   use.last = transfer.id;
 }
 
-void TransferTable::write(Transfer& transfer, NodeId node, BlockId block) {
+void TransferTable::write(Transfer& transfer, NodeId node, BlockId block KV_SITE_PARAMETER) {
+  KV_MUTABLE();
   Use& use = this->use(transfer.target, block);
   if (use.last != TransferId::none && in_flight(use.last)) add(transfer.wait_for, use.last);
   use.last = use.writer = transfer.id;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/mutant.h"
 #include "core/types.h"
 
 namespace pagedkv {
@@ -44,17 +45,17 @@ class TransferTable {
   TransferId landing(Tier tier, BlockId block) const {
     return idle() ? TransferId::none : use(tier, block).writer;
   }
-  void land(Tier tier, BlockId block) { use(tier, block).writer = TransferId::none; }
+  void land(Tier tier, BlockId block KV_SITE);
 
   // Adds what must have ended before `block` may be used anew.
-  void wait_for(Tier tier, BlockId block, std::vector<TransferId>& transfers) const;
+  void wait_for(Tier tier, BlockId block, std::vector<TransferId>& transfers KV_SITE) const;
   // `block` goes to somebody new, who writes it: nothing lands there any more.
-  void claim(Tier tier, BlockId block, std::vector<TransferId>& transfers);
+  void claim(Tier tier, BlockId block, std::vector<TransferId>& transfers KV_SITE);
   // `transfer` reads or writes `block`.
-  void read(Transfer& transfer, Tier tier, BlockId block);
-  void write(Transfer& transfer, NodeId node, BlockId block);
+  void read(Transfer& transfer, Tier tier, BlockId block KV_SITE);
+  void write(Transfer& transfer, NodeId node, BlockId block KV_SITE);
 
-  static void add(std::vector<TransferId>& transfers, TransferId id);
+  static void add(std::vector<TransferId>& transfers, TransferId id KV_SITE);
 
  private:
   struct Use {

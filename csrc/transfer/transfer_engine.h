@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "core/mutant.h"
 #include "core/plan.h"
 #include "transfer/device.h"
 
@@ -89,6 +90,7 @@ class TransferEngine {
   bool issue_next();
   void issue_up_to(TransferId id);
   void issue(Transfer& transfer);
+  Status await(Event event KV_SITE);
   void fence_behind(Stream stream, TransferId id, FenceSite site);
   void make_void(Transfer& transfer, const std::string& why);
   bool has_ended(Transfer& transfer, Ended& ended);

@@ -116,7 +116,7 @@ class Program {
   }
 
   void command() {
-    switch (below(20)) {
+    switch (below(25)) {
       case 0:
       case 1: return create();
       case 2: return fork();
@@ -127,13 +127,19 @@ class Program {
       case 7: return swap("swap out", &BlockManager::swap_out);
       case 8:
       case 9: return swap("swap in", &BlockManager::swap_in);
-      case 10: return fetch();
+      case 10:
+        for (const SequenceId id : some(1)) fetch(id);
+        return;
       case 11: return chance(2) ? drop() : restore();
       case 12: return poll();
       case 13: return wait();
       case 14: return fault();
       case 15: return read(some(3));
-      default: return step();
+      case 16: return leave_behind();
+      case 17:
+      case 18: return revisit();
+      case 19: return flood();
+      default: return step(some(3), 1 + below(4));
     }
   }
 
@@ -153,13 +159,50 @@ class Program {
   void create() {
     Text text;
     text.root = static_cast<Digest>(1 + below(2));
-    const std::string salt = text.root == 1 ? "" : "b";
     const Token first = below(2);
     for (int n = 1 + below(12); n > 0; --n) text.rest.push_back(chance(6) ? below(3) : first);
     SequenceId id{};
-    if (!attempt("create", [&] { id = manager_->create(text.rest, salt); })) return;
+    if (!attempt("create", [&] { id = manager_->create(text.rest, salt_of(text)); })) return;
     take_hit(id, text);
     texts_[id] = text;
+  }
+
+  // Something of its own that nobody finds, sometimes as much as there is room for.
+  void flood() {
+    const SequenceId id = manager_->create_anonymous();
+    texts_[id].root = 1000 + ++num_anonymous_;
+    const int room =
+        static_cast<int>(manager_->stats().device.num_free + manager_->stats().device.num_cached);
+    step({id}, chance(2) ? std::max(1, room * static_cast<int>(config_.block_size)) : 3);
+    if (chance(2)) release({id});
+  }
+
+  // A prompt that was there before: perhaps only the host still has it.
+  void revisit() {
+    if (past_.empty()) return;
+    Text text = past_[static_cast<std::size_t>(below(static_cast<int>(past_.size())))];
+    text.rest = text.tokens;
+    text.cut(0);
+    text.rest.push_back(below(2));
+    SequenceId id{};
+    if (!attempt("revisit", [&] { id = manager_->create(text.rest, salt_of(text)); })) return;
+    take_hit(id, text);
+    texts_[id] = text;
+    fetch(id);
+  }
+
+  // A fork goes to the host and ends there, while its copies may not have begun; the other goes on
+  // in the block that they read.
+  void leave_behind() {
+    for (const SequenceId id : some(1)) {
+      std::vector<SequenceId> ids(2);
+      if (!attempt("fork", [&] { manager_->fork(id, ids); })) return;
+      texts_[ids[1]] = Text(texts_.at(id));
+      TransferPlan plan;
+      if (attempt("swap out", [&] { plan = manager_->swap_out({{ids[1]}}); })) submit(plan);
+      release({ids[1]});
+      step({id}, 1);
+    }
   }
 
   // What the manager says the sequence holds of `rest` becomes its text.
@@ -205,7 +248,10 @@ class Program {
 
   void release(const std::vector<SequenceId>& ids) {
     if (!attempt("release", [&] { manager_->release(ids); })) return;
-    for (const SequenceId id : ids) texts_.erase(id);
+    for (const SequenceId id : ids) {
+      if (texts_.at(id).root < 1000) past_.push_back(texts_.at(id));
+      texts_.erase(id);
+    }
   }
 
   template <class F>
@@ -215,15 +261,11 @@ class Program {
     if (attempt(name, [&] { plan = ((*manager_).*move)(ids); })) submit(plan);
   }
 
-  void fetch() {
-    for (const SequenceId id : some(1)) {
-      TransferPlan plan;
-      if (!attempt("fetch", [&] { plan = manager_->fetch(id); })) continue;
-      Text& text = texts_.at(id);
-      // Tokens that were held in part may be held whole now: tell them again from the start.
-      take_hit(id, text);
-      submit(plan);
-    }
+  void fetch(SequenceId id) {
+    TransferPlan plan;
+    if (!attempt("fetch", [&] { plan = manager_->fetch(id); })) return;
+    take_hit(id, texts_.at(id));
+    submit(plan);
   }
 
   void submit(const TransferPlan& plan) {
@@ -263,7 +305,10 @@ class Program {
 
   void poll() {
     say("poll");
-    for (const TransferEngine::Ended& ended : engine_->poll()) end(ended);
+    for (const TransferEngine::Ended& ended : engine_->poll()) {
+      end(ended);
+      manager_->verify();
+    }
   }
 
   void end(const TransferEngine::Ended& ended) {
@@ -300,13 +345,12 @@ class Program {
 
   // ---- steps
 
-  void step() {
-    const std::vector<SequenceId> ids = some(3);
+  void step(const std::vector<SequenceId>& ids, int most) {
     std::vector<std::int64_t> counts;
     std::vector<Token> tokens;
     for (const SequenceId id : ids) {
       const Text& text = texts_.at(id);
-      const int n = 1 + below(4);
+      const int n = most > 4 ? most : 1 + below(most);
       counts.push_back(n);
       for (int i = 0; i < n; ++i) {
         const auto at = static_cast<std::size_t>(i);
@@ -340,9 +384,27 @@ class Program {
       return;
     }
     carry_out(*plan, ids);
+    may_be_private_ |= manager_->stats().num_transfers > 0;
     manager_->commit(plan->step, {}, false);
+    check_published(ids);
     read(ids);
   }
+
+  // Every full block is a hit, but where a commit met the same content on its way here.
+  void check_published(const std::vector<SequenceId>& ids) {
+    for (const SequenceId id : may_be_private_ ? std::vector<SequenceId>{} : ids) {
+      const Text& text = texts_.at(id);
+      if (text.root >= 1000) continue;
+      std::vector<Token> tokens = text.tokens;
+      tokens.push_back(0);
+      const PrefixHit hit = manager_->lookup(tokens, salt_of(text));
+      expect(
+          hit.num_full_blocks == static_cast<std::int32_t>(text.tokens.size()) / config_.block_size,
+          "a committed full block is a hit");
+    }
+  }
+
+  static std::string salt_of(const Text& text) { return text.root == 1 ? "" : "b"; }
 
   std::byte* slot(int region, std::int64_t slot) {
     const std::int64_t block = slot / config_.block_size;
@@ -497,7 +559,10 @@ class Program {
   std::unique_ptr<BlockManager> manager_;
   std::unique_ptr<TransferEngine> engine_;
   std::map<SequenceId, Text> texts_;
+  std::vector<Text> past_;  // of released sequences
+  Digest num_anonymous_ = 0;
   bool may_fail_ = false;
+  bool may_be_private_ = false;
   int num_wrong_digests_ = 0;
 };
 

@@ -1,4 +1,4 @@
-// kv_programs [--seeds N] [--first N] [--threads N] [--skip-fence SITE] [--trace]
+// kv_programs [--seeds N] [--first N] [--threads N] [--skip-fence SITE] [--mutant SITE] [--trace]
 //
 // Runs random programs until one goes wrong; exit code 0 if none did, 1 if one did.
 #include <atomic>
@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/mutant.h"
 #include "program.h"
 
 using namespace pagedkv;
@@ -29,6 +30,12 @@ int main(int argc, char** argv) {
       num_threads = static_cast<unsigned>(value());
     } else if (name == "--skip-fence") {
       options.skip = static_cast<FenceSite>(value());
+#ifdef KV_MUTANTS
+    } else if (name == "--mutant" && i + 1 < argc) {  // a call site, such as core/sequence.cpp:12
+      const std::string site = argv[++i];
+      mutant_file = site.substr(0, site.find(':'));
+      mutant_line = static_cast<unsigned>(std::atoi(site.c_str() + site.find(':') + 1));
+#endif
     } else if (name == "--trace") {
       options.trace = true;
     } else {
