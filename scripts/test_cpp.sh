@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The C++ tests, first as released, then under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The C++ tests, first as released, then under AddressSanitizer and UndefinedBehaviorSanitizer, then
+# under ThreadSanitizer.
 source "$(dirname "$0")/lib.sh"
 
 need cmake ninja
 bin=$(dirname "$PYTHON")
-for sanitize in "" address,undefined; do
+for sanitize in "" address,undefined thread; do
   say "C++ tests ${sanitize:+under $sanitize}"
   build=$WORK/cpp-${sanitize:-plain}
   "$bin/cmake" -G Ninja -S . -B "$build" -DCMAKE_MAKE_PROGRAM="$bin/ninja" \
