@@ -2,10 +2,10 @@
 
     python bench/bench_transformers.py                  # 16 layers x hidden 512, random weights
     python bench/bench_transformers.py --model PATH     # any local transformers model
-    python bench/bench_transformers.py --json out.json
+    python bench/bench_transformers.py --out out.md --json out.json
 
-Figures are process CPU time, so that a busy machine does not blur them, as medians over rounds in
-which all systems take turns. A *floor* is what the model's own arithmetic costs with no cache to
+Figures are process CPU time on one thread, so that neither a busy machine nor threads that spin
+while they wait blur them, as medians over rounds in which all systems take turns. A *floor* is what the model's own arithmetic costs with no cache to
 speak of: its prefill, and one step per further token on a cache of one token. It holds no
 attention over the context, no cache update and nothing of generate() itself.
 """
@@ -13,7 +13,10 @@ attention over the context, no cache update and nothing of generate() itself.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from pagedkv.integrations.transformers import PagedCache
+from report import commit, heading
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,37 @@ def report(result: Result) -> str:
     return "\n".join(lines)
 
 
+def machine(threads: int) -> dict[str, Any]:
+    """Where and with what the figures are measured."""
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": threads,
+    }
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def describe(model: Any, size: Size, where: dict[str, Any]) -> str:
+    config = model.config
+    return (
+        f"{heading(where)}, torch {where['torch']}, transformers {where['transformers']}, "
+        f"{where['threads']} thread(s).\n\n{size.beams} beams, {size.prompt} + {size.new} tokens; "
+        f"{config.num_hidden_layers} layers x hidden {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, {config.num_key_value_heads} KV heads; medians of "
+        f"{size.rounds} rounds.\n\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a local model directory; default: a random Llama")
@@ -170,8 +206,11 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--beams", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="write the Markdown here")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if arguments.model:
@@ -180,10 +219,15 @@ def main() -> None:
         model = random_llama()
     size = Size(arguments.prompt, arguments.new, arguments.beams, arguments.rounds)
     result = measure(model, size)
-    print(report(result))
+    where = machine(arguments.threads)
+    text = describe(model, size, where) + report(result) + "\n"
+    print(text, end="")
+    if arguments.out:
+        arguments.out.write_text(text)
     if arguments.json:
-        record = {"size": asdict(size), **asdict(result), "ratios": result.ratios()}
-        arguments.json.write_text(json.dumps(record, indent=1))
+        sizes = {"machine": where, "size": asdict(size)}
+        record = sizes | asdict(result) | {"ratios": result.ratios(), "bars": BARS}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

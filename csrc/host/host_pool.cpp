@@ -14,23 +14,30 @@ void require(bool holds, const char* what) {
 }
 
 template <std::size_t kBytes>
-void copy_fixed(const std::byte* from, std::int64_t from_stride, std::byte* to,
-                std::int64_t count) {
-  for (; count > 0; --count, from += from_stride, to += kBytes) std::memcpy(to, from, kBytes);
+void split_fixed(const std::byte* from, std::int64_t count, std::int64_t num_heads, std::byte* to,
+                 std::int64_t head_stride) {
+  for (std::int64_t i = 0; i < count; ++i, to += kBytes) {
+    for (std::int64_t h = 0; h < num_heads; ++h, from += kBytes) {
+      std::memcpy(to + h * head_stride, from, kBytes);
+    }
+  }
 }
 
-// `count` rows of `bytes` each, `from_stride` apart, to one run. Heads are mostly of few sizes, and
-// a copy of known size is several times faster than a call of memcpy.
-void copy_rows(const std::byte* from, std::int64_t from_stride, std::byte* to, std::int64_t bytes,
-               std::int64_t count) {
-  switch (bytes) {
-    case 64: return copy_fixed<64>(from, from_stride, to, count);
-    case 128: return copy_fixed<128>(from, from_stride, to, count);
-    case 256: return copy_fixed<256>(from, from_stride, to, count);
-    case 512: return copy_fixed<512>(from, from_stride, to, count);
+// `count` tokens, all heads of one behind the other, to one run per head, `head_stride` apart. They
+// are read in the order of memory, which is what it streams best. Heads are mostly of few sizes,
+// and a copy of known size is several times faster than a call of memcpy.
+void split_heads(const std::byte* from, std::int64_t count, std::int64_t num_heads,
+                 std::int64_t head_bytes, std::byte* to, std::int64_t head_stride) {
+  switch (head_bytes) {
+    case 64: return split_fixed<64>(from, count, num_heads, to, head_stride);
+    case 128: return split_fixed<128>(from, count, num_heads, to, head_stride);
+    case 256: return split_fixed<256>(from, count, num_heads, to, head_stride);
+    case 512: return split_fixed<512>(from, count, num_heads, to, head_stride);
     default:
-      for (; count > 0; --count, from += from_stride, to += bytes) {
-        std::memcpy(to, from, static_cast<std::size_t>(bytes));
+      for (std::int64_t i = 0; i < count; ++i, to += head_bytes) {
+        for (std::int64_t h = 0; h < num_heads; ++h, from += head_bytes) {
+          std::memcpy(to + h * head_stride, from, static_cast<std::size_t>(head_bytes));
+        }
       }
   }
 }
@@ -113,10 +120,7 @@ void HostPool::gather(std::size_t i, const TableView& table, std::int32_t first_
     for (std::int64_t at = 0; at < tokens; at += block_size_, ++cells) {
       const std::byte* block = r.base + *cells * r.block_stride;
       const std::int64_t count = std::min<std::int64_t>(tokens - at, block_size_);
-      for (std::int32_t h = 0; h < num_heads; ++h) {
-        copy_rows(block + h * head_bytes, r.token_bytes, row + h * head_stride + at * head_bytes,
-                  head_bytes, count);
-      }
+      split_heads(block, count, num_heads, head_bytes, row + at * head_bytes, head_stride);
     }
     for (std::int32_t h = 0; h < num_heads; ++h) {
       std::memset(row + h * head_stride + tokens * head_bytes, 0,

@@ -94,7 +94,7 @@ class PagedCache(Cache):
         Raises InvalidSpec if the model has layers that a KVCache cannot hold.
         """
         dtype = str(model.dtype).removeprefix("torch.")
-        # layer_major: consecutive blocks of a layer are one tensor, which is read without a copy.
+        # layer_major: consecutive blocks of a layer are one run of memory, which is read fastest.
         kv = KVCache(
             KVSpec.from_config(model.config, dtype=dtype, block_size=block_size),
             device=str(model.device),
