@@ -5,6 +5,7 @@
 
 #include "bindings/module.h"
 #include "bindings/state.h"
+#include "transfer/device.h"
 
 namespace py = pybind11;
 
@@ -32,6 +33,8 @@ void bind_errors(py::module_&) {
       raise("NotResident", e.what(), transfer == 0 ? py::object(py::none()) : py::int_(transfer));
     } catch (const UnknownSequence& e) {
       raise("UnknownSequence", e.what());
+    } catch (const DeviceError& e) {
+      raise("DeviceError", e.what());
     } catch (const InvalidSpec& e) {
       raise("InvalidSpec", e.what());
     } catch (const InvalidState& e) {

@@ -12,5 +12,6 @@ PYBIND11_MODULE(_core, m) {
   pagedkv::bind_step_plan(m);
   pagedkv::bind_transfer_plan(m);
   pagedkv::bind_manager(m);
-  pagedkv::bind_host_pool(m);
+  pagedkv::bind_engine(m);
+  pagedkv::bind_pools(m);
 }

@@ -10,6 +10,7 @@ void bind_values(pybind11::module_& m);
 void bind_step_plan(pybind11::module_& m);
 void bind_transfer_plan(pybind11::module_& m);
 void bind_manager(pybind11::module_& m);
-void bind_host_pool(pybind11::module_& m);
+void bind_engine(pybind11::module_& m);
+void bind_pools(pybind11::module_& m);
 
 }  // namespace pagedkv

@@ -58,7 +58,7 @@ const Region& HostPool::region(std::size_t i) const {
   return regions_[i];
 }
 
-void HostPool::copy_blocks(std::span<const std::int32_t> copies) const {
+void HostPool::check_copies(std::span<const std::int32_t> copies) const {
   require(copies.size() % 3 == 0, "copies: expected rows of three");
   for (std::size_t i = 0; i < copies.size(); i += 3) {
     const bool inside = copies[i] >= 0 && copies[i] < num_blocks_ && copies[i + 1] >= 0 &&
@@ -66,6 +66,10 @@ void HostPool::copy_blocks(std::span<const std::int32_t> copies) const {
                         copies[i + 2] <= block_size_;
     require(inside, "copies: a block or token count is outside the pool");
   }
+}
+
+void HostPool::copy_blocks(std::span<const std::int32_t> copies) {
+  check_copies(copies);
   for (const Region& r : regions_) {
     for (std::size_t i = 0; i < copies.size(); i += 3) {
       if (copies[i] == copies[i + 1]) continue;
@@ -75,13 +79,18 @@ void HostPool::copy_blocks(std::span<const std::int32_t> copies) const {
   }
 }
 
-void HostPool::scatter(std::size_t i, std::span<const std::int64_t> slots, const std::byte* source,
-                       std::int64_t source_stride) const {
-  const Region& r = region(i);
+void HostPool::check_slots(std::size_t i, std::span<const std::int64_t> slots) const {
+  region(i);
   const std::int64_t num_slots = std::int64_t{num_blocks_} * block_size_;
   for (const std::int64_t slot : slots) {
     require(slot >= 0 && slot < num_slots, "slots: a slot is outside the pool");
   }
+}
+
+void HostPool::scatter(std::size_t i, std::span<const std::int64_t> slots, const std::byte* source,
+                       std::int64_t source_stride) {
+  check_slots(i, slots);
+  const Region& r = region(i);
   std::int64_t block = -1;  // slots mostly run on within a block
   std::byte* at = nullptr;
   for (const std::int64_t slot : slots) {
@@ -94,9 +103,9 @@ void HostPool::scatter(std::size_t i, std::span<const std::int64_t> slots, const
   }
 }
 
-void HostPool::gather(std::size_t i, const TableView& table, std::int32_t first_block,
-                      std::span<const std::int32_t> num_tokens, std::int32_t num_heads,
-                      std::int32_t width, std::byte* target) const {
+void HostPool::check_gather(std::size_t i, const TableView& table, std::int32_t first_block,
+                            std::span<const std::int32_t> num_tokens, std::int32_t num_heads,
+                            std::int32_t width) const {
   const Region& r = region(i);
   require(num_heads > 0 && r.token_bytes % num_heads == 0, "num_heads: expected a divisor");
   require(first_block >= 0 && num_tokens.size() == static_cast<std::size_t>(table.num_rows),
@@ -111,6 +120,13 @@ void HostPool::gather(std::size_t i, const TableView& table, std::int32_t first_
       require(block >= 0 && block < num_blocks_, "block_tables: a block is outside the pool");
     }
   }
+}
+
+void HostPool::gather(std::size_t i, const TableView& table, std::int32_t first_block,
+                      std::span<const std::int32_t> num_tokens, std::int32_t num_heads,
+                      std::int32_t width, std::byte* target) {
+  check_gather(i, table, first_block, num_tokens, num_heads, width);
+  const Region& r = region(i);
   const std::int64_t head_bytes = r.token_bytes / num_heads;
   const std::int64_t head_stride = width * head_bytes;
   for (std::int32_t b = 0; b < table.num_rows; ++b) {

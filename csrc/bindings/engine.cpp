@@ -1,0 +1,194 @@
+// Devices, and the engine that carries out transfers on them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "bindings/manager.h"
+#include "bindings/module.h"
+#include "host/host_device.h"
+#include "host/simulated_device.h"
+#include "transfer/transfer_engine.h"
+
+namespace py = pybind11;
+
+namespace pagedkv {
+
+namespace {
+
+struct PyEngine {
+  std::unique_ptr<TransferEngine> engine;
+  std::atomic<bool> busy{false};
+};
+
+// One thread at a time. Waiting lets other Python threads run, which then must not enter.
+template <class F>
+auto enter(PyEngine& self, F&& call) {
+  struct Guard {
+    explicit Guard(std::atomic<bool>& flag) : busy(flag) {
+      if (busy.exchange(true, std::memory_order_acquire)) throw ConcurrentUse();
+    }
+    ~Guard() { busy.store(false, std::memory_order_release); }
+    std::atomic<bool>& busy;
+  } guard(self.busy);
+  return call(*self.engine);
+}
+
+template <class F>
+auto enter_long(PyEngine& self, F&& call) {
+  return enter(self, [&](TransferEngine& engine) {
+    const py::gil_scoped_release release;
+    return call(engine);
+  });
+}
+
+std::unique_ptr<PyEngine> make(std::shared_ptr<Device> device, const py::list& regions,
+                               std::int32_t num_device_blocks, std::int32_t num_host_blocks,
+                               int max_in_flight) {
+  std::vector<BlockRegion> list;
+  for (const py::handle item : regions) {
+    const auto t = item.cast<py::tuple>();
+    list.push_back({reinterpret_cast<std::byte*>(t[0].cast<std::uintptr_t>()),
+                    t[1].cast<std::int64_t>(), t[2].cast<std::int64_t>()});
+  }
+  auto self = std::make_unique<PyEngine>();
+  self->engine = std::make_unique<TransferEngine>(
+      std::move(device), std::move(list),
+      EngineOptions{num_device_blocks, num_host_blocks, max_in_flight});
+  return self;
+}
+
+void step(PyEngine& self, const StepPlanHandle& plan) {
+  const std::span<const TransferId> wait_for = plan.plan().wait_for;
+  if (wait_for.empty()) return enter(self, [](TransferEngine& engine) { engine.step({}); });
+  enter_long(self, [&](TransferEngine& engine) { engine.step(wait_for); });
+}
+
+py::list poll(PyEngine& self) {
+  py::list all;
+  for (const auto& ended : enter(self, [](TransferEngine& engine) { return engine.poll(); })) {
+    all.append(py::make_tuple(static_cast<std::int64_t>(ended.id),
+                              ended.failed ? py::object(py::str(ended.why)) : py::none()));
+  }
+  return all;
+}
+
+TransferId id_of(std::int64_t transfer) { return TransferId{transfer}; }
+
+void bind_engine_class(py::module_& m) {
+  py::class_<PyEngine>(
+      m, "TransferEngine", py::is_final(),
+      "Carries out transfer plans on a device. The caller keeps the tensors alive.")
+      .def(py::init(&make), py::arg("device"), py::arg("regions"), py::arg("num_device_blocks"),
+           py::arg("num_host_blocks"), py::arg("max_in_flight") = 8)
+      .def(
+          "submit",
+          [](PyEngine& self, const TransferPlan& plan) {
+            enter(self, [&](TransferEngine& engine) { engine.submit(plan); });
+          },
+          py::arg("plan"), "Queue a plan behind all that the caller's stream was given.")
+      .def("step", &step, py::arg("plan"),
+           "Make the caller's stream wait for what a step has to wait for.")
+      .def("poll", &poll, "What has ended since: (id, why it failed or None) of each.")
+      .def(
+          "wait",
+          [](PyEngine& self, std::int64_t transfer) {
+            enter_long(self, [&](TransferEngine& engine) { engine.wait(id_of(transfer)); });
+          },
+          py::arg("transfer"), "Return when a transfer has ended, which poll() tells.")
+      .def(
+          "cancel",
+          [](PyEngine& self, std::int64_t transfer) {
+            return enter(self, [&](TransferEngine& e) { return e.cancel(id_of(transfer)); });
+          },
+          py::arg("transfer"), "False: its copies have begun, or ended.")
+      .def(
+          "close",
+          [](PyEngine& self) { enter_long(self, [](TransferEngine& engine) { engine.close(); }); },
+          "Cancel what has not begun, wait for the rest, give the host tier back.")
+      .def_property_readonly("num_in_flight",
+                             [](const PyEngine& self) { return self.engine->num_in_flight(); })
+      .def_property_readonly("host_bytes",
+                             [](const PyEngine& self) { return self.engine->host_bytes(); })
+      .def_property_readonly("num_runs",
+                             [](const PyEngine& self) { return self.engine->num_runs(); });
+}
+
+template <class T>
+T named(const char* argument, const std::string& name, const std::map<std::string, T>& values) {
+  const auto found = values.find(name);
+  if (found != values.end()) return found->second;
+  std::string text = std::string(argument) + " is \"" + name + "\", expected one of";
+  for (const auto& value : values) text += " " + value.first;
+  throw InvalidSpec(text);
+}
+
+void bind_simulated_device(py::module_& m) {
+  py::class_<SimulatedDevice, Device, std::shared_ptr<SimulatedDevice>>(
+      m, "SimulatedDevice", py::is_final(),
+      "A machine whose copies run late, torn and out of order, as far as their order allows.")
+      .def(py::init([](std::uint64_t seed, const std::string& schedule, int num_compute_streams) {
+             SimulatedOptions options;
+             options.seed = seed;
+             options.schedule = named<Schedule>("schedule", schedule,
+                                                {{"eager", Schedule::eager},
+                                                 {"lazy", Schedule::lazy},
+                                                 {"random", Schedule::random}});
+             options.num_compute_streams = num_compute_streams;
+             options.granule_bytes = 16;
+             return std::make_shared<SimulatedDevice>(options);
+           }),
+           py::arg("seed") = 0, py::kw_only(), py::arg("schedule") = "random",
+           py::arg("num_compute_streams") = 1)
+      .def("use_compute_stream", &SimulatedDevice::use_compute_stream, py::arg("index"))
+      .def("hold_next", &SimulatedDevice::hold_next)
+      .def("fail_copy", &SimulatedDevice::fail_copy, py::arg("k") = 1)
+      .def("fail_allocate", &SimulatedDevice::fail_allocate, py::arg("k") = 1)
+      .def("lose", &SimulatedDevice::lose)
+      .def(
+          "skip",
+          [](SimulatedDevice& self, const std::string& site) {
+            self.skip(
+                named<FenceSite>("site", site,
+                                 {{"transfer_after_compute", FenceSite::transfer_after_compute},
+                                  {"transfer_after_transfer", FenceSite::transfer_after_transfer},
+                                  {"step_after_transfer", FenceSite::step_after_transfer},
+                                  {"stream_after_stream", FenceSite::stream_after_stream}}));
+          },
+          py::arg("site"))
+      .def_property_readonly("violations",
+                             [](const SimulatedDevice& self) {
+                               std::vector<std::string> all;
+                               for (const auto& v : self.violations()) all.push_back(v.text);
+                               return all;
+                             })
+      .def_property_readonly("num_events", &SimulatedDevice::num_events)
+      .def_property_readonly("num_pending", &SimulatedDevice::num_pending)
+      .def_property_readonly("host_bytes", &SimulatedDevice::host_bytes);
+}
+
+}  // namespace
+
+void bind_engine(py::module_& m) {
+  py::class_<Device, std::shared_ptr<Device>>(m, "Device", "Streams, copies and events.")
+      .def_property_readonly("num_host_waits", &Device::num_host_waits)
+      .def("close", [](Device& self) {
+        const py::gil_scoped_release release;
+        self.close();
+      });
+  py::class_<HostDevice, Device, std::shared_ptr<HostDevice>>(
+      m, "HostDevice", py::is_final(), "This process: copies run on worker threads.")
+      .def(py::init([](int num_workers) {
+             HostOptions options;
+             options.num_workers = num_workers;
+             return std::make_shared<HostDevice>(options);
+           }),
+           py::arg("num_workers") = 2);
+  bind_simulated_device(m);
+  bind_engine_class(m);
+}
+
+}  // namespace pagedkv

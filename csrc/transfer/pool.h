@@ -1,0 +1,49 @@
+// What a step does with the device tier: the copies of copy-on-write, scatter and gather.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace pagedkv {
+
+// One tensor's share of every block: block b lies at base + b * block_stride, and in it token o at
+// o * token_bytes. A layer has two regions, its keys and its values.
+struct Region {
+  std::byte* base;
+  std::int64_t block_stride;
+  std::int64_t token_bytes;
+};
+
+// The cells of a block table that a gather reads: row b starts at cells + b * stride.
+struct TableView {
+  const std::int32_t* cells;
+  std::int64_t stride;
+  std::int32_t num_rows;
+  std::int32_t width;
+};
+
+// The blocks of all regions, as work on the caller's stream. Checks every block and slot before it
+// touches memory, which it does not own. Arguments are the caller's again when a call returns.
+class Pool {
+ public:
+  virtual ~Pool() = default;
+
+  // Rows of `copies`: source block, target block, tokens. In every region.
+  virtual void copy_blocks(std::span<const std::int32_t> copies) = 0;
+
+  // Token t comes from source + t * source_stride and goes to slots[t].
+  virtual void scatter(std::size_t region, std::span<const std::int64_t> slots,
+                       const std::byte* source, std::int64_t source_stride) = 0;
+
+  // For each row b, num_tokens[b] tokens from block first_block of it on. The target is dense,
+  // [rows, num_heads, width, token_bytes / num_heads], zeros past each row's tokens.
+  virtual void gather(std::size_t region, const TableView& table, std::int32_t first_block,
+                      std::span<const std::int32_t> num_tokens, std::int32_t num_heads,
+                      std::int32_t width, std::byte* target) = 0;
+
+  // Returns when all that these calls queued has ended.
+  virtual void synchronize() = 0;
+};
+
+}  // namespace pagedkv
