@@ -8,6 +8,7 @@ in the user's cache folder.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,8 @@ def check_hash(wheel: Path) -> None:
 def convert(gguf: Path, target: Path) -> None:
     """Write what `gguf` holds to the folder `target`: safetensors in float32, and the tokenizer."""
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    network = transformers.AutoModelForCausalLM.from_pretrained(**source)
+    with redirect_stderr(io.StringIO()):  # a progress bar that knows no way to turn it off
+        network = transformers.AutoModelForCausalLM.from_pretrained(**source)
     # The weights are plain float32 by now. A trace of GGUF in the model would refuse to be saved,
     # and one in its config would have the next load look for the GGUF file.
     network.hf_quantizer = None

@@ -19,7 +19,11 @@ from matplotlib.patches import Patch, Rectangle
 
 from pagedkv._core import Snapshot
 
-_ROW, _COLUMN, _GAP_COLUMN = 0.52, 1.62, 0.62  # inches
+# In inches: the height of a row, the widths of a block, of the gap that stands for blocks left out
+# and of the labels, the margins above and below, and the room that the title needs.
+_ROW, _COLUMN, _GAP_COLUMN, _LABELS = 0.52, 1.62, 0.62, 1.5
+_ABOVE, _BELOW, _MIN_WIDTH = 0.95, 0.5, 9.5
+_GAP = -1  # the gap, among the columns
 _INK, _PALE_INK, _EDGE = "#1b1f24", "#6a737d", "#8b949e"
 _CACHED = "#f3f4f6"
 _DPI = 110
@@ -30,7 +34,7 @@ _MAX_TRUNK = 3  # blocks at the beginning of all rows that are drawn singly
 class Node:
     """A block in the chart: rows [top, top + height), in `column`.
 
-    One without sharers is only cached; it stands for `num_alike` more that hang at its parent.
+    One without sharers is only cached, and `num_alike` others beside its path are not drawn.
     """
 
     block: int
@@ -44,7 +48,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Layout:
-    nodes: list[Node]
+    nodes: list[Node]  # children before parents
     row_of: dict[int, int]  # sequence id -> its row
     num_rows: int
     num_columns: int
@@ -96,7 +100,7 @@ def lay_out(tree: Snapshot) -> Layout:
         cached = [c for c in children[node] if not sharers[c]]
         if cached:
             longest = max(cached, key=lambda c: depth[c])
-            stack.append((longest, column + 1, len(cached) - 1, None))
+            stack.append((longest, column + 1, alike + len(cached) - 1, None))
         stack += [(child, column + 1, 0, None) for child in live]
     return Layout(nodes, row_of, num_rows, 1 + max((n.column for n in nodes), default=-1))
 
@@ -119,49 +123,40 @@ def draw_tree(
     """
     layout = lay_out(tree)
     columns, hidden = _columns(layout)
-    width, height = sum(w for _, w in columns.values()) + 1.5, layout.num_rows * _ROW
-    figure = Figure(figsize=(width, height + 1.75), dpi=_DPI, facecolor="white")
+    width = max(sum(wide for _, wide in columns.values()) + _LABELS, _MIN_WIDTH)
+    height = layout.num_rows * _ROW + _ABOVE + _BELOW
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.15 / width, 0.85 / (height + 1.75), 1, height / (height + 1.75)))
-    axes.set(xlim=(0, width), ylim=(layout.num_rows, 0))
+    axes = figure.add_axes((0, 0, 1, 1))
+    # Across in inches, down in rows.
+    axes.set(xlim=(-0.15, width - 0.15))
+    axes.set(ylim=(layout.num_rows + _BELOW / _ROW, -_ABOVE / _ROW))
     axes.axis("off")
+    colour_of = _colours(layout)
     with matplotlib.rc_context({"hatch.linewidth": 0.6, "hatch.color": "#c9ced4"}):
-        colour_of = _colours(layout)
         for node in layout.nodes:
             if node.column in columns:
                 left, wide = columns[node.column]
                 _draw_node(axes, node, left, wide, block_size, colour_of, text_of(node.block))
         if hidden:
-            left, wide = columns[-1]
-            axes.text(
-                left + wide / 2 - 0.03,
-                layout.num_rows / 2,
-                f"…\n{hidden} more\nblocks\n…",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color=_PALE_INK,
-            )
+            left, wide = columns[_GAP]
+            style: dict[str, Any] = {
+                "ha": "center",
+                "va": "center",
+                "fontsize": 8,
+                "color": _PALE_INK,
+            }
+            middle = layout.num_rows / 2
+            axes.text(left + wide / 2, middle, f"…\n{hidden} more\nblocks\n…", **style)
         _draw_labels(axes, layout, columns, label)
         _draw_legend(figure, layout, colour_of, label)
-        inch = 1 / (height + 1.75)
-        figure.text(
-            0.18 / width,
-            1 - 0.32 * inch,
-            title,
-            fontsize=13,
-            weight="bold",
-            color=_INK,
-            va="center",
-        )
-        figure.text(
-            0.18 / width, 1 - 0.62 * inch, subtitle, fontsize=9, color=_PALE_INK, va="center"
-        )
+        axes.text(0.03, -0.6 / _ROW, title, fontsize=13, weight="bold", color=_INK)
+        axes.text(0.03, -0.3 / _ROW, subtitle, fontsize=9, color=_PALE_INK)
         figure.savefig(out, format="png")
 
 
 def _columns(layout: Layout) -> tuple[dict[int, tuple[float, float]], int]:
-    """Left edge and width of each column drawn (-1: the gap), and how many the gap stands for."""
+    """Left edge and width of each column drawn and of the gap; how many the gap stands for."""
     per_column = [0] * layout.num_columns
     for node in layout.nodes:
         per_column[node.column] += 1
@@ -172,7 +167,7 @@ def _columns(layout: Layout) -> tuple[dict[int, tuple[float, float]], int]:
     for column in range(layout.num_columns):
         if column in hidden:
             if column == hidden.start:
-                columns[-1] = (left, _GAP_COLUMN)
+                columns[_GAP] = (left, _GAP_COLUMN)
                 left += _GAP_COLUMN
             continue
         columns[column] = (left, _COLUMN)
@@ -209,7 +204,7 @@ def _draw_node(
     red, green, blue = to_rgb(colour)
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
     ink = "white" if dark else _INK if node.num_sharers else _PALE_INK
-    lines = textwrap.wrap(" ".join(text.split()), width=27, max_lines=3, placeholder=" …")
+    lines = textwrap.wrap(" ".join(text.split()), width=25, max_lines=3, placeholder=" …")
     axes.text(
         x + 0.06,
         y + h / 2,
@@ -225,13 +220,13 @@ def _draw_labels(
     axes: Any, layout: Layout, columns: dict[int, tuple[float, float]], label: str
 ) -> None:
     """The name of each row, right of its last block."""
-    last = [layout.nodes[0]] * layout.num_rows
-    for node in layout.nodes:
+    last: dict[int, Node] = {}
+    for node in layout.nodes:  # the last of a row comes first
         for row in range(node.top, node.top + node.height):
-            last[row] = max(last[row], node, key=lambda n: n.column)
+            last.setdefault(row, node)
     names = {row: f"{label} {i + 1}" for i, row in enumerate(sorted(layout.row_of.values()))}
-    for row, node in enumerate(last):
-        left, wide = columns[node.column]
+    for row, node in last.items():
+        left, wide = columns[node.column if node.column in columns else _GAP]
         more = f",\nand {node.num_alike} more" if node.num_alike else ""
         name, colour = names.get(row, f"cached{more}"), _INK if row in names else _PALE_INK
         axes.text(left + wide + 0.06, row + 0.5, name, va="center", fontsize=9, color=colour)
@@ -239,14 +234,11 @@ def _draw_labels(
 
 def _draw_legend(figure: Figure, layout: Layout, colour_of: dict[int, Any], label: str) -> None:
     edge: dict[str, Any] = {"edgecolor": _EDGE, "linewidth": 0.8}
-    handles = [
-        Patch(
-            facecolor=colour_of[n],
-            label=f"shared by {n} {label}s" if n > 1 else f"one {label}'s own",
-            **edge,
-        )
-        for n in sorted(colour_of, reverse=True)
-    ]
+    counts = sorted(colour_of, reverse=True)
+    names = {n: f"by {n}" for n in counts} | {1: f"one {label}'s own"}
+    if counts and counts[0] > 1:
+        names[counts[0]] = f"shared by {counts[0]} {label}s"
+    handles = [Patch(facecolor=colour_of[n], label=names[n], **edge) for n in counts]
     if any(node.num_sharers == 0 for node in layout.nodes):
         cached = f"cached: no {label}'s now; a later request finds it again by its tokens"
         handles.append(Patch(facecolor=_CACHED, hatch="////", label=cached, **edge))
