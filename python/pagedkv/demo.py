@@ -44,9 +44,10 @@ def run(model: str, device: str, out: Path) -> int:
     cores = len(os.sched_getaffinity(0))
     console.print(f"Device: cpu, {cores} cores. No part of pagedkv has run on a GPU yet.")
 
-    import pagedkv._demo_picture  # noqa: F401  where matplotlib is missing, it is told now
-    from pagedkv._demo_model import ModelUnavailable, load
-    from pagedkv._demo_runs import prompts, scenes
+    with console.status("loading torch and transformers"):
+        import pagedkv._demo_picture  # noqa: F401  a missing matplotlib is told now, not at the end
+        from pagedkv._demo_model import ModelUnavailable, load
+        from pagedkv._demo_runs import prompts, scenes
 
     try:
         begin = time.perf_counter()
