@@ -79,10 +79,10 @@ def demo(
     if not out.parent.is_dir():
         raise typer.BadParameter(f"the folder {out.parent} does not exist", param_hint="--out")
     try:
-        run = import_module("pagedkv.demo").run
+        code = import_module("pagedkv.demo").run(model, device, out)
     except ImportError as error:
         _fail(f"the demo needs more packages ({error}): pip install 'pagedkv[demo]'")
-    raise typer.Exit(run(model, device, out))
+    raise typer.Exit(code)
 
 
 def _fail(message: str) -> NoReturn:
