@@ -137,6 +137,28 @@ TEST_CASE("a slow copy holds up its own stream and what is fenced behind it, not
   for (const Event e : {fenced, last}) CHECK(device.wait(e) == Status::done);
 }
 
+TEST_CASE("streams take turns: a small copy does not wait for all of another stream's big one") {
+  const Watchdog watchdog(60);
+  Gate gate;
+  const std::vector<std::byte> big(1000), small(50);
+  std::vector<std::byte> to(1000), other(50);
+  std::vector<bool> was_small;  // by the one worker
+  HostDevice device({.num_workers = 1,
+                     .chunk_bytes = 100,
+                     .copy = [&](std::byte*, const std::byte* source, std::size_t) {
+                       gate.pass();
+                       was_small.push_back(source == small.data());
+                     }});
+  const Stream one = device.make_stream(), two = device.make_stream();
+  copy(device, one, to, big);
+  gate.wait_for(1);
+  copy(device, two, other, small);
+  gate.open();
+  device.close();
+  REQUIRE(was_small.size() == 11);
+  CHECK(was_small[1]);
+}
+
 TEST_CASE("a failed chunk fails the record behind it, and says why") {
   const Watchdog watchdog(60);
   const std::vector<std::byte> from(1000);
