@@ -20,6 +20,7 @@ namespace pagedkv {
 namespace {
 
 struct PyEngine {
+  py::object owner;  // of the memory that is copied: outlives the engine, which waits when it ends
   std::unique_ptr<TransferEngine> engine;
   std::atomic<bool> busy{false};
 };
@@ -45,9 +46,9 @@ auto enter_long(PyEngine& self, F&& call) {
   });
 }
 
-std::unique_ptr<PyEngine> make(std::shared_ptr<Device> device, const py::list& regions,
+std::unique_ptr<PyEngine> make(std::shared_ptr<Device> device, const py::sequence& regions,
                                std::int32_t num_device_blocks, std::int32_t num_host_blocks,
-                               int max_in_flight) {
+                               int max_in_flight, py::object owner) {
   std::vector<BlockRegion> list;
   for (const py::handle item : regions) {
     const auto t = item.cast<py::tuple>();
@@ -55,6 +56,7 @@ std::unique_ptr<PyEngine> make(std::shared_ptr<Device> device, const py::list& r
                     t[1].cast<std::int64_t>(), t[2].cast<std::int64_t>()});
   }
   auto self = std::make_unique<PyEngine>();
+  self->owner = std::move(owner);
   self->engine = std::make_unique<TransferEngine>(
       std::move(device), std::move(list),
       EngineOptions{num_device_blocks, num_host_blocks, max_in_flight});
@@ -81,9 +83,10 @@ TransferId id_of(std::int64_t transfer) { return TransferId{transfer}; }
 void bind_engine_class(py::module_& m) {
   py::class_<PyEngine>(
       m, "TransferEngine", py::is_final(),
-      "Carries out transfer plans on a device. The caller keeps the tensors alive.")
+      "Carries out transfer plans on a device. Keeps `owner`, whose memory it is, alive.")
       .def(py::init(&make), py::arg("device"), py::arg("regions"), py::arg("num_device_blocks"),
-           py::arg("num_host_blocks"), py::arg("max_in_flight") = 8)
+           py::arg("num_host_blocks"), py::kw_only(), py::arg("max_in_flight") = 8,
+           py::arg("owner") = py::none())
       .def(
           "submit",
           [](PyEngine& self, const TransferPlan& plan) {

@@ -111,11 +111,12 @@ void bind_pools(py::module_& m) {
   py::class_<SimulatedPool, Pool>(m, "SimulatedPool", py::is_final(),
                                   "On the compute stream of a simulated device.")
       .def(py::init([](std::shared_ptr<SimulatedDevice> device, const py::list& regions,
-                       std::int32_t num_blocks, std::int32_t block_size) {
+                       std::int32_t num_blocks, std::int32_t block_size, const py::object&) {
              return std::make_unique<SimulatedPool>(std::move(device), regions_of(regions),
                                                     num_blocks, block_size);
            }),
-           py::arg("device"), py::arg("regions"), py::arg("num_blocks"), py::arg("block_size"));
+           py::arg("device"), py::arg("regions"), py::arg("num_blocks"), py::arg("block_size"),
+           py::arg("owner") = py::none(), py::keep_alive<1, 6>());
 }
 
 }  // namespace pagedkv

@@ -151,6 +151,12 @@ void bind_swap(py::class_<PyManager>& cls) {
       },
       py::arg("id"), "Whether the sequence waits for restore().");
   cls.def(
+      "is_resident",
+      [](const PyManager& self, const py::object& id) {
+        return enter(*self.state, [&](BlockManager& core) { return core.is_resident(id_of(id)); });
+      },
+      py::arg("id"), "Whether the sequence can be in a step now.");
+  cls.def(
       "waits_for",
       [](const PyManager& self, const py::object& id) {
         return enter(*self.state, [&](BlockManager& core) {

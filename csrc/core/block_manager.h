@@ -95,6 +95,7 @@ class BlockManager {
   // --- questions
   Tier tier(SequenceId id) const { return sequences_[sequences_.slot(id)].tier; }
   bool is_dropped(SequenceId id) const { return sequences_[sequences_.slot(id)].dropped; }
+  bool is_resident(SequenceId id) const;  // it can be in a step
   // The transfer in flight that the sequence waits for; none: it is where it lives.
   TransferId waits_for(SequenceId id) const;
   std::int64_t num_needed(std::span<const SequenceId> ids, std::span<const std::int64_t> counts);

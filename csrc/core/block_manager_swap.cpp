@@ -111,6 +111,12 @@ TransferPlan BlockManager::plan_paths(std::span<const NodeId> tips, Tier target,
 
 // -------------------------------------------------------------------------------------- ending
 
+bool BlockManager::is_resident(SequenceId id) const {
+  const Sequence& sequence = sequences_[sequences_.slot(id)];
+  return !sequence.dropped && sequence.tier == Tier::device &&
+         !transfers_.in_flight(sequence.transfer);
+}
+
 TransferId BlockManager::waits_for(SequenceId id) const {
   const TransferId transfer = sequences_[sequences_.slot(id)].transfer;
   return transfers_.in_flight(transfer) ? transfer : TransferId::none;

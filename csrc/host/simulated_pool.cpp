@@ -29,10 +29,9 @@ void SimulatedPool::copy_blocks(std::span<const std::int32_t> copies) {
       accesses.push_back(tokens_of(r, copies[i + 1], 0, copies[i + 2], true));
     }
   }
-  device_->run(device_->compute_stream(), accesses,
-               [memory = memory_, rows = std::vector(copies.begin(), copies.end())] {
-                 memory->copy_blocks(rows);
-               });
+  queue(accesses, [memory = memory_, rows = std::vector(copies.begin(), copies.end())] {
+    memory->copy_blocks(rows);
+  });
 }
 
 void SimulatedPool::scatter(std::size_t region, std::span<const std::int64_t> slots,
@@ -47,10 +46,9 @@ void SimulatedPool::scatter(std::size_t region, std::span<const std::int64_t> sl
     const std::byte* token = source + static_cast<std::int64_t>(i) * source_stride;
     values.insert(values.end(), token, token + r.token_bytes);
   }
-  device_->run(device_->compute_stream(), accesses,
-               [memory = memory_, region, to = std::vector(slots.begin(), slots.end()),
-                values = std::move(values),
-                stride = r.token_bytes] { memory->scatter(region, to, values.data(), stride); });
+  queue(accesses, [memory = memory_, region, to = std::vector(slots.begin(), slots.end()),
+                   values = std::move(values),
+                   stride = r.token_bytes] { memory->scatter(region, to, values.data(), stride); });
 }
 
 void SimulatedPool::gather(std::size_t region, const TableView& table, std::int32_t first_block,
@@ -67,12 +65,27 @@ void SimulatedPool::gather(std::size_t region, const TableView& table, std::int3
       accesses.push_back(tokens_of(r, *cells, 0, std::min(left, size), false));
     }
   }
-  device_->run(device_->compute_stream(), accesses, [&, memory = memory_] {
+  queue(accesses, [&, memory = memory_] {
     memory->gather(region, table, first_block, num_tokens, num_heads, width, target);
   });
-  synchronize();
+  device_->synchronize(device_->compute_stream());
 }
 
-void SimulatedPool::synchronize() { device_->synchronize(device_->compute_stream()); }
+void SimulatedPool::queue(std::span<const Access> accesses, std::function<void()> work) {
+  const Stream stream = device_->compute_stream();
+  if (std::ranges::find(used_, stream) == used_.end()) used_.push_back(stream);
+  device_->run(stream, accesses, std::move(work));
+}
+
+void SimulatedPool::synchronize() {
+  for (const Stream stream : used_) device_->synchronize(stream);
+}
+
+SimulatedPool::~SimulatedPool() {
+  try {
+    synchronize();
+  } catch (const DeviceError&) {  // closed: nothing is pending
+  }
+}
 
 }  // namespace pagedkv

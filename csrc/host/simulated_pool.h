@@ -2,6 +2,7 @@
 // the device's schedule says. gather() gives its result to the host, so it waits for that stream.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -14,6 +15,7 @@ class SimulatedPool final : public Pool {
  public:
   SimulatedPool(std::shared_ptr<SimulatedDevice> device, std::vector<Region> regions,
                 std::int32_t num_blocks, std::int32_t block_size);
+  ~SimulatedPool() override;  // synchronize(), whatever comes of it
 
   void copy_blocks(std::span<const std::int32_t> copies) override;
   void scatter(std::size_t region, std::span<const std::int64_t> slots, const std::byte* source,
@@ -24,8 +26,11 @@ class SimulatedPool final : public Pool {
   void synchronize() override;
 
  private:
+  void queue(std::span<const Access> accesses, std::function<void()> work);
+
   std::shared_ptr<SimulatedDevice> device_;
-  std::shared_ptr<HostPool> memory_;  // queued work may outlive this pool
+  std::shared_ptr<HostPool> memory_;
+  std::vector<Stream> used_;  // compute streams that got work
 };
 
 }  // namespace pagedkv

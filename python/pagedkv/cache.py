@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import math
+import weakref
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 try:
     import torch
@@ -12,157 +14,127 @@ except ImportError as error:  # the control plane works without; this does not
     raise ImportError("KVCache needs torch: pip install 'pagedkv[torch]'") from error
 
 from pagedkv import attention
-from pagedkv._core import BlockManager, HostPool, PrefixHit, Stats, StepPlan
-from pagedkv.errors import InvalidSpec, InvalidState
-from pagedkv.spec import KVSpec, LayerSpec
+from pagedkv._core import (
+    BlockManager,
+    Device,
+    HostDevice,
+    HostPool,
+    Pool,
+    SimulatedDevice,
+    SimulatedPool,
+    StepPlan,
+    TransferEngine,
+)
+from pagedkv.errors import DeviceError, InvalidSpec, InvalidState
+from pagedkv.layout import DevicePool, Layout
+from pagedkv.preemption import CostModel, swap_or_recompute
+from pagedkv.sequences import Sequences
+from pagedkv.spec import KVSpec
 from pagedkv.step import Step
+from pagedkv.transfers import Transfers
 from pagedkv.units import parse_bytes
 
 __all__ = ["KVCache"]
 
-Layout = Literal["block_major", "layer_major"]
 
-
-class KVCache:
+class KVCache(Sequences):
     """A paged KV cache: `BlockManager` and the tensors that its blocks stand for.
 
     Args:
         spec: what the model keeps per token.
-        device: "cpu". (CUDA devices are not supported yet.)
+        device: "cpu", or a `pagedkv.testing.SimulatedDevice`. (CUDA is not supported yet.)
         device_memory: bytes for the pool, as an int or a size such as "2GiB"; or give
         num_device_blocks: usable blocks instead.
+        host_memory: bytes for the host tier, which sequences are swapped out to; or give
+        num_host_blocks: usable blocks instead. By default there is no host tier.
         max_batch: most sequences in one step.
         max_model_len: most tokens in one sequence; by default what the pool holds.
         watermark: blocks that a sequence's first append must leave available.
         layout: "block_major" [N, L, 2, P, H, D], where one block is one contiguous run, or
             "layer_major" [L, 2, N, P, H, D], where one layer is. N counts padding block 0.
+        prefill_rate: tokens per second that the model prefills: what preempt() in mode "auto"
+            weighs against the bandwidth that it measures. See `pagedkv.preemption`.
+        cost_model: what decides instead.
 
     A context manager; leaving it closes the cache. Commands that it shares with `BlockManager`
     mean what they mean there.
 
     Raises:
         InvalidSpec: an argument is out of range, or the memory holds no block.
+        DeviceError: the memory of the host tier cannot be had.
     """
 
     def __init__(
         self,
         spec: KVSpec,
         *,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | Device = "cpu",
         device_memory: int | str | None = None,
         num_device_blocks: int | None = None,
+        host_memory: int | str | None = None,
+        num_host_blocks: int | None = None,
         max_batch: int = 256,
         max_model_len: int | None = None,
         watermark: int = 0,
         layout: Layout = "block_major",
+        prefill_rate: float | None = None,
+        cost_model: CostModel = swap_or_recompute,
     ) -> None:
-        self.spec = spec
-        self.device = _device(device)
         self.layout = layout
-        if (device_memory is None) == (num_device_blocks is None):
-            raise InvalidSpec("expected one of device_memory and num_device_blocks")
+        self.device, machine = _device(device)
+        num_device_blocks = _num_blocks(spec, "device", device_memory, num_device_blocks)
         if num_device_blocks is None:
-            assert device_memory is not None
-            num_device_blocks = spec.num_blocks(parse_bytes(device_memory, "device_memory"))
-            if num_device_blocks < 1:
-                raise InvalidSpec(
-                    f"device_memory is {device_memory!r}, expected at least {spec.pool_bytes(1)} "
-                    "bytes: one block, and one for padding"
-                )
-        self.manager = BlockManager(
+            raise InvalidSpec("expected one of device_memory and num_device_blocks, found none")
+        num_host_blocks = _num_blocks(spec, "host", host_memory, num_host_blocks) or 0
+        manager = BlockManager(
             num_device_blocks,
+            num_host_blocks,
             block_size=spec.block_size,
             max_batch=max_batch,
             max_model_len=max_model_len,
             watermark=watermark,
         )
-        self._layers = _allocate(spec, num_device_blocks + 1, layout)
-        self._pool = HostPool(
-            [
-                (t.data_ptr(), t.stride(0) * t.element_size(), t.stride(1) * t.element_size())
-                for layer in self._layers
-                for t in layer
-            ],
-            num_device_blocks + 1,
-            spec.block_size,
-        )
+        super().__init__(spec, manager, prefill_rate, cost_model)
+        memory = DevicePool.allocate(spec, num_device_blocks + 1, layout)
+        self._layers = memory.layers
+        self._pool = _pool(memory, machine, num_device_blocks + 1, spec.block_size)
+        if num_host_blocks:
+            machine = machine or HostDevice()
+            engine = TransferEngine(
+                machine, memory.block_runs, num_device_blocks, num_host_blocks, owner=memory
+            )
+            self._transfers = Transfers(self.manager, engine, machine, spec.block_bytes)
         self._step: Step | None = None
         self._workspaces: list[torch.Tensor] = []
-        self._closed = False
-
-    # ---- sequences -------------------------------------------------------------------------
-
-    def create(self, tokens: Any = None, *, salt: bytes | str | None = None) -> int:
-        """A new sequence that holds the longest published prefix of `tokens` but the last one."""
-        return self._open_manager().create(tokens, salt=salt)
-
-    def num_cached(self, id: int) -> int:
-        """Tokens that create() found."""
-        return self.manager.num_cached(id)
-
-    def length(self, id: int) -> int:
-        """Tokens in the sequence."""
-        return self.manager.length(id)
-
-    def lookup(self, tokens: Any, *, salt: bytes | str | None = None) -> PrefixHit:
-        """What create() would take. Changes nothing."""
-        return self.manager.lookup(tokens, salt=salt)
-
-    def fork(self, id: int, n: int) -> Any:
-        """n ids, int64 [n], that share all of `id`; the first is `id` itself."""
-        return self._open_manager().fork(id, n)
-
-    def reorder(self, ids: Any, parents: Any) -> None:
-        """ids[i] becomes what ids[parents[i]] was, for all i at once."""
-        self._open_manager().reorder(ids, parents)
-
-    def truncate(self, ids: Any, lengths: Any) -> None:
-        """Keep only the first lengths[i] tokens of ids[i]."""
-        self._open_manager().truncate(ids, lengths)
-
-    def record(self, ids: Any, tokens: Any, *, counts: Any = None) -> None:
-        """Tell tokens that were appended without: counts[b] (default 1) per sequence, in order."""
-        self._open_manager().record(ids, tokens, counts=counts)
-
-    def release(self, ids: Any) -> None:
-        """Forget sequences. Their published blocks stay, as prefix hits, until evicted."""
-        self._open_manager().release(ids)
-
-    def clear(self, salt: bytes | str | None = None) -> None:
-        """No cached block of this salt (default: of any) is a hit any more."""
-        self._open_manager().clear(salt)
-
-    def num_needed(self, ids: Any, counts: Any = None) -> int:
-        """Blocks that a step would take."""
-        return self.manager.num_needed(ids, counts)
-
-    def num_freed(self, ids: Any) -> int:
-        """Blocks that these sequences alone hold."""
-        return self.manager.num_freed(ids)
-
-    def stats(self) -> Stats:
-        """Counts now, and totals since the start."""
-        return self.manager.stats()
+        _open_caches.add(self)
 
     # ---- steps -----------------------------------------------------------------------------
 
     def step(self, ids: Any, tokens: Any = None, counts: Any = None) -> Step:
         """Open a step of `counts[b]` (default 1) new tokens for each of `ids`, all or nothing.
 
-        The copies of copy-on-write are done when it returns. Use it as a context manager, or
+        The copies of copy-on-write are queued when it returns, and all that follows comes after the
+        transfers that the blocks have to wait for. Use it as a context manager, or
         close it with its commit() or rollback(). See BlockManager.append for the arguments.
         """
+        self._look()
         plan = self._open_manager().append(ids, tokens, counts=counts)
         try:
+            if self._transfers is not None:
+                self._transfers.step(plan)
             self.apply(plan)
         except BaseException:
             self.manager.rollback(plan)
             raise
         self._step = Step(self, plan, self._step_closed)
+        if self._transfers is not None:
+            self._transfers.paused = True
         return self._step
 
     def _step_closed(self) -> None:
         self._step = None
+        if self._transfers is not None:
+            self._transfers.paused = False
 
     def apply(self, plan: StepPlan) -> None:
         """Carry out the copies of a plan, which may be another process's manager's."""
@@ -281,24 +253,29 @@ class KVCache:
 
     # ---- closing ---------------------------------------------------------------------------
 
-    def _open_manager(self) -> BlockManager:
-        if self._closed:
-            raise InvalidState("this cache is closed")
-        return self.manager
-
     def _require(self, step: Step) -> None:
         if step is not self._step:
             raise InvalidState("this step is not open here: it was closed, or is another cache's")
 
     def close(self) -> None:
-        """Give the memory back. The cache refuses further commands; a second close is nothing."""
+        """Give the memory back, after what is under way has ended.
+
+        The cache refuses further commands; a second close is nothing. Interpreter exit closes what
+        is open.
+        """
         if self._closed:
             return
         if self._step is not None:
             self._step.rollback()
         self._closed = True
-        self._layers = []
-        self._workspaces = []
+        try:
+            if self._transfers is not None:
+                self._transfers.close()
+            self._pool.synchronize()
+        finally:
+            self._transfers = None
+            self._layers = ()
+            self._workspaces = []
 
     def __enter__(self) -> KVCache:
         return self
@@ -312,45 +289,53 @@ class KVCache:
         self.close()
 
 
-def _device(device: str | torch.device) -> torch.device:
+_open_caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for cache in list(_open_caches):
+        try:
+            cache.close()
+        except DeviceError:  # lost, or a forked child's, where nothing is under way
+            continue
+
+
+def _device(device: str | torch.device | Device) -> tuple[torch.device, Device | None]:
+    """Where the tensors are, and the machine that copies, if the caller has one."""
+    if isinstance(device, Device):
+        return torch.device("cpu"), device
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise InvalidSpec(f"device is {device!r}, expected a torch device") from error
     if found.type != "cpu":
         raise InvalidSpec(f'device is "{found}", expected "cpu": this version has no other device')
+    return found, None
+
+
+def _num_blocks(
+    spec: KVSpec, tier: str, memory: int | str | None, num_blocks: int | None
+) -> int | None:
+    if memory is None:
+        return num_blocks
+    if num_blocks is not None:
+        raise InvalidSpec(f"expected one of {tier}_memory and num_{tier}_blocks, found both")
+    found = spec.num_blocks(parse_bytes(memory, f"{tier}_memory"))
+    if found < 1:
+        raise InvalidSpec(
+            f"{tier}_memory is {memory!r}, expected at least {spec.pool_bytes(1)} bytes: one "
+            "block, and one for padding"
+        )
     return found
 
 
-def _allocate(
-    spec: KVSpec, num_blocks: int, layout: Layout
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per layer, keys and values as views [num_blocks, block_size, heads, dim] of one tensor."""
-    if layout not in ("block_major", "layer_major"):
-        raise InvalidSpec(f'layout is {layout!r}, expected "block_major" or "layer_major"')
-    try:
-        memory = torch.empty(num_blocks * spec.block_bytes, dtype=torch.uint8)
-    except (RuntimeError, MemoryError) as error:
-        raise InvalidSpec(
-            f"the pool of {num_blocks * spec.block_bytes} bytes does not fit in memory"
-        ) from error
-    layers, offset = [], 0
-
-    def view(layer: LayerSpec, token_bytes: int, dim: int) -> torch.Tensor:
-        nonlocal offset
-        part = spec.block_size * token_bytes
-        if layout == "block_major":
-            rows = memory.view(num_blocks, spec.block_bytes)[:, offset : offset + part]
-            offset += part
-        else:
-            rows = memory[offset : offset + num_blocks * part].view(num_blocks, part)
-            offset += num_blocks * part
-        typed = rows.view(getattr(torch, layer.dtype))
-        shape = (spec.block_size, layer.num_kv_heads, dim)
-        found: torch.Tensor = typed.unflatten(1, shape)
-        return found
-
-    for layer in spec.layers:
-        k = view(layer, layer.k_bytes, layer.k_dim)
-        layers.append((k, view(layer, layer.v_bytes, layer.v_dim)))
-    return layers
+def _pool(memory: DevicePool, machine: Device | None, num_blocks: int, block_size: int) -> Pool:
+    regions = [
+        (t.data_ptr(), t.stride(0) * t.element_size(), t.stride(1) * t.element_size())
+        for layer in memory.layers
+        for t in layer
+    ]
+    if isinstance(machine, SimulatedDevice):
+        return SimulatedPool(machine, regions, num_blocks, block_size, owner=memory)
+    return HostPool(regions, num_blocks, block_size)

@@ -1,0 +1,215 @@
+"""The sequences of a KVCache, and where they live: commands without tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagedkv._core import BlockManager, PrefixHit, Stats
+from pagedkv.errors import InvalidSpec, InvalidState, OutOfBlocks
+from pagedkv.preemption import CostModel, PreemptMode, PreemptRequest
+from pagedkv.spec import KVSpec
+from pagedkv.transfers import Transfer, Transfers
+
+__all__ = ["Sequences"]
+
+
+class Sequences:
+    """The manager's commands, and transfers between its tiers. `KVCache` adds tensors and steps."""
+
+    def __init__(
+        self, spec: KVSpec, manager: BlockManager, prefill_rate: float | None, cost_model: CostModel
+    ) -> None:
+        self.spec = spec
+        self.manager = manager
+        self.prefill_rate = prefill_rate
+        self.cost_model = cost_model
+        self._transfers: Transfers | None = None
+        self._closed = False
+
+    def _open_manager(self) -> BlockManager:
+        if self._closed:
+            raise InvalidState("this cache is closed")
+        return self.manager
+
+    def create(self, tokens: Any = None, *, salt: bytes | str | None = None) -> int:
+        """A new sequence that holds the longest published prefix of `tokens` but the last one.
+
+        That is what the device has. What the host has beyond it, `fetch()` brings.
+        """
+        self._look()
+        return self._open_manager().create(tokens, salt=salt)
+
+    def num_cached(self, id: int) -> int:
+        """Tokens that create() found."""
+        return self.manager.num_cached(id)
+
+    def length(self, id: int) -> int:
+        """Tokens in the sequence."""
+        return self.manager.length(id)
+
+    def lookup(self, tokens: Any, *, salt: bytes | str | None = None) -> PrefixHit:
+        """What create() would take. Changes nothing."""
+        return self.manager.lookup(tokens, salt=salt)
+
+    def fork(self, id: int, n: int) -> Any:
+        """n ids, int64 [n], that share all of `id`; the first is `id` itself."""
+        return self._open_manager().fork(id, n)
+
+    def reorder(self, ids: Any, parents: Any) -> None:
+        """ids[i] becomes what ids[parents[i]] was, for all i at once."""
+        self._open_manager().reorder(ids, parents)
+
+    def truncate(self, ids: Any, lengths: Any) -> None:
+        """Keep only the first lengths[i] tokens of ids[i]."""
+        self._open_manager().truncate(ids, lengths)
+
+    def record(self, ids: Any, tokens: Any, *, counts: Any = None) -> None:
+        """Tell tokens that were appended without: counts[b] (default 1) per sequence, in order."""
+        self._open_manager().record(ids, tokens, counts=counts)
+
+    def release(self, ids: Any) -> None:
+        """Forget sequences. Their published blocks stay, as prefix hits, until evicted."""
+        self._open_manager().release(ids)
+
+    def clear(self, salt: bytes | str | None = None) -> None:
+        """No cached block of this salt (default: of any) is a hit any more."""
+        self._open_manager().clear(salt)
+
+    def num_needed(self, ids: Any, counts: Any = None) -> int:
+        """Blocks that a step would take."""
+        return self.manager.num_needed(ids, counts)
+
+    def num_freed(self, ids: Any) -> int:
+        """Blocks that these sequences alone hold."""
+        return self.manager.num_freed(ids)
+
+    def stats(self) -> Stats:
+        """Counts now, and totals since the start."""
+        return self.manager.stats()
+
+    # ---- tiers -----------------------------------------------------------------------------
+
+    def _tiers(self) -> Transfers:
+        self._open_manager()
+        if self._transfers is None:
+            raise InvalidState(
+                "this cache has no host tier: give it host_memory or num_host_blocks"
+            )
+        return self._transfers
+
+    def _look(self) -> None:
+        if self._transfers is not None:
+            self._transfers.look()
+
+    def swap_out(self, ids: Any) -> Transfer:
+        """Move whole sequences to the host tier, while whatever runs goes on running.
+
+        A block that several of them share is copied once, one that the host still has not at all.
+        Their blocks on the device are free, or cached, at once: steps that get one of them wait for
+        its copy.
+
+        Raises OutOfBlocks if the host tier is full, NotResident for a dropped sequence.
+        """
+        transfers = self._tiers()
+        transfers.look()
+        return transfers.submit(self.manager.swap_out(ids))
+
+    def swap_in(self, ids: Any) -> Transfer:
+        """Move whole sequences back. They can be in a step when the transfer has ended.
+
+        Raises OutOfBlocks if the device tier is full.
+        """
+        transfers = self._tiers()
+        transfers.look()
+        return transfers.submit(self.manager.swap_in(ids))
+
+    def fetch(self, id: int) -> Transfer:
+        """Bring what the host tier has of a new sequence's prompt, beyond what create() found.
+
+        num_cached() counts it at once; the sequence can be in a step when the transfer has ended.
+        """
+        transfers = self._tiers()
+        transfers.look()
+        return transfers.submit(self.manager.fetch(id))
+
+    def poll(self) -> list[Transfer]:
+        """The transfers that have ended since. Never blocks; commands look by themselves.
+
+        Raises TransferError for one that failed, once. Everything else has been seen to by then.
+        """
+        return [] if self._transfers is None else self._tiers().poll()
+
+    def ready(self, ids: Any) -> bool:
+        """Whether all of these sequences can be in a step now. Never blocks."""
+        manager = self._open_manager()
+        self._look()
+        return all(
+            manager.tier(i) == "device"
+            and manager.waits_for(i) is None
+            and not manager.is_dropped(i)
+            for i in map(int, ids)
+        )
+
+    def preempt(self, ids: Any, mode: PreemptMode = "auto") -> Transfer | None:
+        """Make room: move sequences to the host tier, or give up what they hold.
+
+        Args:
+            ids: resident sequences.
+            mode: "swap", or "recompute": then resume() finds what is still a prefix hit, and the
+                rest is to be prefilled again. "auto" asks the cost model (see
+                `pagedkv.preemption`), and recomputes where the host tier is full or missing.
+
+        Returns the transfer of a swap, None if they are to be recomputed.
+
+        Raises OutOfBlocks if mode is "swap" and the host tier is full.
+        """
+        if mode not in ("auto", "swap", "recompute"):
+            raise InvalidSpec(f'mode is {mode!r}, expected "auto", "swap" or "recompute"')
+        manager = self._open_manager()
+        if mode == "auto" and self._transfers is not None:
+            mode = self.cost_model(self._request(ids, self._transfers))
+            if mode == "swap":
+                try:
+                    return self.swap_out(ids)
+                except OutOfBlocks:
+                    mode = "recompute"
+        if mode == "swap":
+            return self.swap_out(ids)
+        manager.drop(ids)
+        return None
+
+    def _request(self, ids: Any, transfers: Transfers) -> PreemptRequest:
+        num_blocks = self.manager.num_freed(ids)
+        return PreemptRequest(
+            num_bytes=num_blocks * self.spec.block_bytes,
+            num_tokens=num_blocks * self.spec.block_size,
+            out_bandwidth=transfers.bandwidth.get("out"),
+            in_bandwidth=transfers.bandwidth.get("in"),
+            prefill_rate=self.prefill_rate,
+        )
+
+    def resume(self, ids: Any) -> NDArray[np.int64]:
+        """Bring preempted sequences back: int64 [len(ids)], the tokens that each holds when landed.
+
+        Those that were swapped out hold all they held; prefill the others from their new length
+        on. `ready(ids)` says when they can be in a step.
+
+        Raises OutOfBlocks if what was swapped out does not fit; then nothing has changed.
+        """
+        manager = self._open_manager()
+        self._look()
+        numbers = [int(i) for i in ids]
+        away = [i for i in numbers if manager.tier(i) == "host"]
+        dropped = [i for i in numbers if manager.is_dropped(i)]
+        if away:
+            self.swap_in(np.array(away, np.int64))
+        manager.restore(np.array(dropped, np.int64))
+        for i in dropped if self._transfers is not None else []:
+            try:
+                self.fetch(i)
+            except OutOfBlocks:  # then it is computed again
+                break
+        return np.array([manager.length(i) for i in numbers], np.int64)

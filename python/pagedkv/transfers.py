@@ -1,0 +1,169 @@
+"""Transfers between the device and the host tier: what the manager plans and the engine copies."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from pagedkv._core import BlockManager, Device, StepPlan, TransferEngine, TransferPlan
+from pagedkv.errors import InvalidState, KVError, TransferError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Transfer", "Transfers"]
+
+
+class Transfer:
+    """Copies under way. `kv.poll()`, and every command that looks for what has ended, moves it on.
+
+    Attributes:
+        id: the manager's number for it.
+        direction: "out" of the device tier, or "in".
+        num_bytes: that it copies; 0 if all was where it had to be.
+        dropped: ids of the sequences that lost their blocks when it failed. `kv.resume()` takes
+            them back to what is still a prefix hit.
+    """
+
+    def __init__(self, owner: Transfers, plan: TransferPlan, num_bytes: int) -> None:
+        self.id = plan.id
+        self.direction = plan.direction
+        self.num_bytes = num_bytes
+        self.dropped: Sequence[int] = ()
+        self._owner = owner
+        self._error: KVError | None = None
+        self._ended = False
+        self._begun = time.perf_counter()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not. Never blocks and never raises for a failed copy."""
+        if not self._ended:
+            self._owner.look()
+        return self._ended
+
+    @property
+    def error(self) -> KVError | None:
+        """Why it failed, or None."""
+        return self._error
+
+    def wait(self) -> None:
+        """Block until it has ended.
+
+        Raises TransferError, once, if a copy failed or it was cancelled.
+        """
+        if not self._ended:
+            self._owner.wait(self)
+        self._owner.raise_error_of(self)
+
+    def cancel(self) -> bool:
+        """Give it up, if none of its copies has begun; False if it is too late for that.
+
+        It then ends as failed, its sequences are dropped, and nobody is told of an error.
+        """
+        return self._owner.cancel(self)
+
+    def __repr__(self) -> str:
+        state = "failed" if self._error else "done" if self._ended else "under way"
+        return f"<Transfer {self.id} {self.direction} num_bytes={self.num_bytes} {state}>"
+
+
+class Transfers:
+    """The transfers of one cache, and the engine that carries them out."""
+
+    def __init__(
+        self, manager: BlockManager, engine: TransferEngine, device: Device, block_bytes: int
+    ) -> None:
+        self.engine = engine
+        self.device = device
+        self._manager = manager
+        self._block_bytes = block_bytes
+        self._under_way: dict[int, Transfer] = {}
+        self._failed: list[Transfer] = []  # whose error nobody has seen yet
+        self.paused = False  # while a step is open, the manager takes no ends
+        # The most that was seen, in bytes per second and direction. What was seen includes the time
+        # until somebody looked, so the most is nearest to the truth.
+        self.bandwidth: dict[str, float] = {}
+
+    def submit(self, plan: TransferPlan) -> Transfer:
+        """Start what the manager has planned. If the device refuses, it is as if it had failed."""
+        transfer = Transfer(self, plan, plan.num_copies * self._block_bytes)
+        self._under_way[plan.id] = transfer
+        try:
+            self.engine.submit(plan)
+        except KVError as error:
+            self._end(transfer, str(error))
+        return transfer
+
+    def step(self, plan: StepPlan) -> None:
+        """Before a step's first work: the caller's stream waits for what the plan waits for."""
+        self.engine.step(plan)
+
+    def look(self) -> list[Transfer]:
+        """Tell the manager of all that has ended, and return it. Nobody is waited for."""
+        if not self._under_way or self.paused:
+            return []
+        ended = []
+        for number, why in self.engine.poll():
+            transfer = self._under_way[number]
+            self._end(transfer, why)
+            ended.append(transfer)
+        return ended
+
+    def poll(self) -> list[Transfer]:
+        """look(), then raise the error of a transfer that failed since, once."""
+        ended = self.look()
+        if self._failed:
+            self.raise_error_of(self._failed[0])
+        return ended
+
+    def wait(self, transfer: Transfer) -> None:
+        """Block until a transfer has ended."""
+        if self.paused:
+            raise InvalidState("a step is open: close it before waiting for a transfer")
+        self.engine.wait(transfer.id)
+        while not transfer._ended:  # one look, but for events that the device was short of
+            self.look()
+
+    def cancel(self, transfer: Transfer) -> bool:
+        """Give a transfer up, if none of its copies has begun."""
+        if transfer._ended or not self.engine.cancel(transfer.id):
+            return False
+        self.look()
+        return True
+
+    def _end(self, transfer: Transfer, why: str | None) -> None:
+        del self._under_way[transfer.id]
+        transfer._ended = True
+        if why is None:
+            self._manager.complete(transfer.id)
+            seconds = time.perf_counter() - transfer._begun
+            rate = transfer.num_bytes / max(seconds, 1e-9)
+            self.bandwidth[transfer.direction] = max(
+                rate, self.bandwidth.get(transfer.direction, 0.0)
+            )
+            return
+        aborted = self._manager.abort(transfer.id)
+        transfer.dropped = tuple(aborted.sequences.tolist())
+        transfer._error = TransferError(
+            f"transfer {transfer.id} failed: {why}. {len(transfer.dropped)} sequences lost their "
+            "blocks: resume() takes them back to what is still a prefix hit, or release() them"
+        )
+        for dependent in aborted.transfers.tolist():
+            self._under_way[dependent]._error = TransferError(
+                f"transfer {dependent} is void: transfer {transfer.id}, which it needed, failed"
+            )
+        if why != "cancelled":
+            self._failed.append(transfer)
+
+    def raise_error_of(self, transfer: Transfer) -> None:
+        """Raise a failed transfer's error, unless it was raised before."""
+        if transfer in self._failed:
+            self._failed.remove(transfer)
+            assert transfer._error is not None
+            raise transfer._error
+
+    def close(self) -> None:
+        """Cancel what has not begun, and wait for the rest."""
+        self.engine.close()
+        self._under_way.clear()
