@@ -3,22 +3,19 @@
 # with libFuzzer. Installs what is missing where apt-get and the right to use it are at hand.
 source "$(dirname "$0")/lib.sh"
 
-CLANG=${CLANG:-clang++-19}
 missing=()
 command -v c++ >/dev/null || missing+=(g++)
 [ -e /usr/include/doctest/doctest.h ] || missing+=(doctest-dev)
-if ! echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, long) { return 0; }' |
-  "$CLANG" -fsanitize=fuzzer,address -x c++ - -o "$WORK/fuzzer_links" 2>/dev/null; then
-  missing+=(clang-19 libclang-rt-19-dev)
-fi
+has_fuzzer || missing+=(clang-19 libclang-rt-19-dev)
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 say "system packages: ${missing[*]}"
 as_root=()
 [ "$(id -u)" = 0 ] || as_root=(sudo -n)
 if ! command -v apt-get >/dev/null || ! "${as_root[@]}" true 2>/dev/null; then
-  die "missing and not installed, for want of apt-get or of root: ${missing[*]} (Debian's names)"
+  cannot "for want of apt-get or of root, not installed: ${missing[*]} (Debian's names)"
 fi
 "${as_root[@]}" apt-get update -qq
 "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-  apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
+  cannot "apt-get could not install: ${missing[*]}"

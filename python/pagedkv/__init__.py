@@ -8,7 +8,6 @@ into transformers' generate(). Importing this module imports neither numpy nor t
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from pagedkv._core import (
     BlockManager,
@@ -32,7 +31,10 @@ from pagedkv.errors import (
     UnknownSequence,
 )
 
+TYPE_CHECKING = False  # `typing` has it too, and takes longer to import than all the rest here
 if TYPE_CHECKING:
+    from typing import Any
+
     from pagedkv.cache import KVCache
     from pagedkv.integrations.transformers import PagedCache
     from pagedkv.spec import KVSpec, LayerSpec

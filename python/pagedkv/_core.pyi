@@ -1,6 +1,6 @@
 """The extension module. `pagedkv` re-exports what users need; see there for the words."""
 
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,16 @@ _Int64 = NDArray[np.int64]
 __version__: str
 __compiler__: str
 
+# What pybind11 puts under its classes.
+class _Type(type): ...
+
+class _Object(metaclass=_Type):
+    """Comes out of calls; a class that users make has an __init__ of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> NoReturn: ...
+
 @final
-class PrefixHit:
+class PrefixHit(_Object):
     """What a lookup found. Tokens in full blocks and the tail of a partly matching block."""
 
     @property
@@ -27,7 +35,7 @@ class PrefixHit:
     def __hash__(self) -> int: ...
 
 @final
-class TierStats:
+class TierStats(_Object):
     @property
     def num_blocks(self) -> int: ...
     @property
@@ -40,7 +48,7 @@ class TierStats:
     def __hash__(self) -> int: ...
 
 @final
-class Stats:
+class Stats(_Object):
     @property
     def device(self) -> TierStats: ...
     @property
@@ -69,7 +77,7 @@ class Stats:
     def __hash__(self) -> int: ...
 
 @final
-class Snapshot:
+class Snapshot(_Object):
     """The block tree at one moment, as arrays with one entry per node.
 
     `parents` are positions in these arrays (-1 for a child of a root), parents before children.
@@ -93,7 +101,7 @@ class Snapshot:
     def sequence_lengths(self) -> _Int64: ...
 
 @final
-class StepPlan:
+class StepPlan(_Object):
     """Views of the manager's persistent buffers, valid until the next append.
 
     What one step does: where each new token goes, what each sequence may read, and which blocks
@@ -142,7 +150,7 @@ class StepPlan:
     def __eq__(self, other: object) -> bool: ...
 
 @final
-class BlockManager:
+class BlockManager(_Object):
     """The control plane: which block holds which tokens of which sequence. No tensors, no torch.
 
     Args:
@@ -228,7 +236,7 @@ class BlockManager:
         """Recompute every count from scratch; raises BrokenInvariant on a difference."""
 
 @final
-class HostPool:
+class HostPool(_Object):
     """Copies in host memory. The caller keeps the tensors alive and passes right addresses.
 
     Args:

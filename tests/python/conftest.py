@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# The models here are tiny: more threads gain nothing, and cost tenfold where the cores are shared,
+# as they wait for each other spinning. Read when torch is first imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import HealthCheck, settings
 

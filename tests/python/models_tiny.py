@@ -93,8 +93,10 @@ def generate(model: Any, cache: Any, new: int = 20, **options: Any) -> torch.Ten
     return model.generate(past_key_values=cache, max_new_tokens=new, pad_token_id=PAD, **options)
 
 
-def dense(model: Any, **options: Any) -> torch.Tensor:
-    return generate(model, DynamicCache(config=model.config), **options)
+def dense(model: Any, reference: Any = None, **options: Any) -> torch.Tensor:
+    if reference is None:
+        reference = DynamicCache(config=model.config)
+    return generate(model, reference, **options)
 
 
 def check_empty(kv: KVCache) -> None:
@@ -104,9 +106,9 @@ def check_empty(kv: KVCache) -> None:
     assert kv.stats().device.num_active == 0
 
 
-def check_equal(model: Any, cache: PagedCache, **options: Any) -> None:
+def check_equal(model: Any, cache: PagedCache, reference: Any = None, **options: Any) -> None:
     """`cache` gives the tokens of a DynamicCache, and nothing is left after a reset."""
-    expected = dense(model, **options)
+    expected = dense(model, reference, **options)
     found = generate(model, cache, **options)
     assert found.tolist() == expected.tolist()
     cache.kv.manager.verify()
