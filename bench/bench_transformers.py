@@ -5,9 +5,10 @@
     python bench/bench_transformers.py --out out.md --json out.json
 
 Figures are process CPU time on one thread, so that neither a busy machine nor threads that spin
-while they wait blur them, as medians over rounds in which all systems take turns. A *floor* is what the model's own arithmetic costs with no cache to
-speak of: its prefill, and one step per further token on a cache of one token. It holds no
-attention over the context, no cache update and nothing of generate() itself.
+while they wait blur them, as medians over rounds in which all systems take turns. A *floor* is what
+the model's own arithmetic costs with no cache to speak of: its prefill, and one step per further
+token on a cache of one token. It holds no attention over the context, no cache update and nothing
+of generate() itself.
 """
 
 from __future__ import annotations
