@@ -219,8 +219,8 @@ def main() -> None:
     else:
         model = random_llama()
     size = Size(arguments.prompt, arguments.new, arguments.beams, arguments.rounds)
-    result = measure(model, size)
     where = machine(arguments.threads)
+    result = measure(model, size)
     text = describe(model, size, where) + report(result) + "\n"
     print(text, end="")
     if arguments.out:
