@@ -36,6 +36,8 @@ BARS = (
     Bar("beam step, 8 x 2k", "us", 3.5, floor="three calls, 7 outputs read"),
     Bar("beam step, 8 x 128k", "us", 3.5, floor="three calls, 7 outputs read"),
     Bar("beam step, 8 x 128k", "x", 1.2, over="beam step, 8 x 2k", floor="1"),
+    Bar("beam search, a step of 8 x 2k", "us", floor="three calls, 7 outputs read"),
+    Bar("beam search, a step of 8 x 128k", "us", floor="three calls, 7 outputs read"),
     Bar("fork(id, 2) at 128k", "us", 2.5, floor="32 KiB of table row copied"),
     Bar("first step of 8 forks at 128k", "us", 25, floor="8 x 32 KiB of table rows sent"),
     Bar("admit 2048, no hit", "us", 15, floor=_ADMIT),

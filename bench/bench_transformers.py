@@ -5,9 +5,10 @@
     python bench/bench_transformers.py --out out.md --json out.json
 
 Figures are process CPU time on one thread, so that neither a busy machine nor threads that spin
-while they wait blur them, as medians over rounds in which all systems take turns. A *floor* is what the model's own arithmetic costs with no cache to
-speak of: its prefill, and one step per further token on a cache of one token. It holds no
-attention over the context, no cache update and nothing of generate() itself.
+while they wait blur them, as medians over rounds in which all systems take turns. A *floor* is what
+the model's own arithmetic costs with no cache to speak of: its prefill, and one step per further
+token on a cache of one token. It holds no attention over the context, no cache update and nothing
+of generate() itself.
 """
 
 from __future__ import annotations
@@ -218,8 +219,8 @@ def main() -> None:
     else:
         model = random_llama()
     size = Size(arguments.prompt, arguments.new, arguments.beams, arguments.rounds)
-    result = measure(model, size)
     where = machine(arguments.threads)
+    result = measure(model, size)
     text = describe(model, size, where) + report(result) + "\n"
     print(text, end="")
     if arguments.out:

@@ -69,7 +69,7 @@ def machine(record: Mapping[str, Any]) -> dict[str, Any]:
     """Where and on what the figures were measured."""
     info = record["machine_info"]
     return {
-        "cpu": info["cpu"].get("brand_raw", info["processor"]),
+        "cpu": info["cpu"].get("brand_raw", "unknown CPU"),
         "cores": info["cpu"].get("count"),
         "python": info["python_version"],
         "date": record["datetime"][:10],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +55,49 @@ def test_empty_call(measure: Measure) -> None:
     measure("empty call", lambda: m.length(sequence), iterations=1000)
 
 
+def test_array(measure: Measure) -> None:
+    measure("np.array([id])", lambda: np.array([7]), iterations=1000)
+
+
+def test_one_step(measure: Measure) -> None:
+    """append + commit of one token, no output read: what any step costs."""
+    m = BlockManager(100_000, max_model_len=140_000)
+    ids, new = np.array([admit(m, tokens(40, 1))]), tokens(1, 2)
+    measure("one sequence, one step", lambda: m.commit(m.append(ids, new)), iterations=256)
+
+
+def test_list_of_blocks(measure: Measure, num_blocks: int) -> None:
+    """The floor of a pool in Python: a list of ints, 256 taken off its end and put back."""
+    free = list(range(num_blocks))
+
+    def whole_life() -> None:
+        taken = free[-256:]
+        del free[-256:]
+        free.extend(taken)
+
+    measure("block, a list of ints", whole_life, iterations=64, per=256)
+
+
+@pytest.mark.parametrize(("name", "size"), [("100k", 100_000), ("1M", 1_000_000)])
+def test_scattered_path(measure: Measure, full: bool, name: str, size: int) -> None:
+    """Walks a path whose nodes lie all over the pool: what a read of memory costs that waits."""
+    size = size if full else 300
+    m = BlockManager(size, max_batch=1, max_model_len=16 * size)
+    one = np.array([1])
+    ids = [m.create() for _ in range(size)]
+    for id in ids:
+        m.commit(m.append(np.array([id]), counts=one))
+    m.release(np.array(ids)[np.random.default_rng(1).permutation(size)])
+    path = m.create()
+    m.commit(m.append(np.array([path]), counts=np.array([size * 8])))
+    measure(
+        f"node of a scattered path, {name} blocks",
+        lambda: m.block_table(path),
+        rounds=5,
+        per=size // 2,
+    )
+
+
 def test_decode(measure: Measure, num_blocks: int, full: bool) -> None:
     m = BlockManager(num_blocks, max_model_len=4096)
     ids = batch(m, 256 if full else 16, 2000)
@@ -76,21 +122,54 @@ def test_decode_churn(measure: Measure, num_blocks: int, full: bool) -> None:
     m.verify()
 
 
-@pytest.mark.parametrize(("name", "length"), [("2k", 2040), ("128k", 131_000)])
-def test_beam(measure: Measure, num_blocks: int, full: bool, name: str, length: int) -> None:
+LENGTHS = pytest.mark.parametrize(("name", "length"), [("2k", 2040), ("128k", 131_000)])
+
+
+@LENGTHS
+def test_beam(
+    measure: Measure, num_blocks: int, full: bool, name: str, length: int, benchmark: Any
+) -> None:
+    """Beams that diverged over 128 tokens; each shares its last block with a twin, so all copy."""
     m = BlockManager(num_blocks, max_model_len=140_000)
     length = length if full else 200
     beams = m.fork(admit(m, tokens(length - 128, 3)), 8)
+    chunk, new, counts = tokens(8 * 128, 5), tokens(8, 4), np.full(8, 128)
+    parents = iter_forever([np.random.default_rng(i).integers(0, 8, 8) for i in range(64)])
+    twins: list[np.ndarray] = []
+
+    def diverge() -> None:
+        for ids in twins:
+            m.release(ids)
+        m.truncate(beams, np.full(8, length - 128))
+        m.reorder(beams, np.zeros(8, np.int64))
+        m.commit(m.append(beams, chunk, counts=counts))
+        twins[:] = [m.fork(int(beam), 2)[1:] for beam in beams]
+
+    def step() -> None:
+        m.reorder(beams, next(parents))
+        read(m, m.append(beams, new))
+
+    diverge()
+    copied = m.stats().num_copies
+    step()
+    benchmark.extra_info["copies"] = m.stats().num_copies - copied
+    measure(f"beam step, 8 x {name}", step, setup=diverge, rounds=200)
+    m.verify()
+
+
+@LENGTHS
+def test_beam_search(measure: Measure, num_blocks: int, full: bool, name: str, length: int) -> None:
+    """One step after the other, as a search makes them: beams soon descend from a few."""
+    m = BlockManager(num_blocks, max_model_len=140_000)
+    beams = m.fork(admit(m, tokens(length if full else 200, 3)), 8)
     new = tokens(8, 4)
-    for _ in range(128):
-        m.commit(m.append(beams, new))
     parents = iter_forever([np.random.default_rng(i).integers(0, 8, 8) for i in range(64)])
 
     def step() -> None:
         m.reorder(beams, next(parents))
         read(m, m.append(beams, new))
 
-    measure(f"beam step, 8 x {name}", step, iterations=64)
+    measure(f"beam search, a step of 8 x {name}", step, iterations=64)
     m.verify()
 
 
@@ -190,3 +269,23 @@ def test_metadata(full: bool, measure: Measure, benchmark: Any) -> None:
     benchmark.extra_info["value"] = stats.metadata_bytes / stats.device.num_blocks
     measure("metadata bytes per block", m.stats)
     assert stats.metadata_bytes / stats.device.num_blocks < 170
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_resident(full: bool, measure: Measure, benchmark: Any) -> None:
+    """What the process grows by per block of a pool that is full of cached blocks."""
+    size = 1_000_000 if full else 1_000
+    prompts = [tokens(2048, i).astype(np.int32) for i in range(size // 128)]
+    gc.collect()
+    before = resident_bytes()
+    m = BlockManager(size, max_model_len=4096)
+    for prompt in prompts:
+        m.release(np.array([admit(m, prompt)]))
+    grown = resident_bytes() - before
+    assert m.stats().device.num_cached == size // 128 * 128
+    benchmark.extra_info["value"] = grown / size
+    measure("resident bytes per cached block", m.stats)

@@ -156,7 +156,9 @@ class KVCache(Sequences):
                     f"{'kv'[i]} is {list(source.shape)} on {source.device}, expected "
                     f"{[len(slots), *pool.shape[2:]]} on {pool.device}"
                 )
-            rows = source.detach().to(pool.dtype)
+            rows = source.detach()
+            if rows.dtype != pool.dtype:
+                rows = rows.to(pool.dtype)
             if rows.stride(2) != 1 or rows.stride(1) != rows.shape[2]:
                 rows = rows.contiguous()
             stride = rows.stride(0) * rows.element_size()

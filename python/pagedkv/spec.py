@@ -126,12 +126,9 @@ class KVSpec:
         window = _get(text, "sliding_window")
         if _get(text, "use_sliding_window") is False:
             window = None
-        kinds = _get(text, "layer_types")
-        if kinds is None:
-            kinds = ["full_attention" if window is None else "sliding_attention"] * num_layers
         layers = []
-        for i, kind in enumerate(kinds):
-            if kind == "full_attention":
+        for i, kind in enumerate(_layer_kinds(text, num_layers, window)):
+            if kind in ("full_attention", "attention"):
                 layers.append(LayerSpec("full", num_kv_heads, head_dim, head_dim, dtype))
             elif kind == "sliding_attention" and window is not None:
                 layers.append(LayerSpec("sliding", num_kv_heads, head_dim, head_dim, dtype, window))
@@ -172,6 +169,19 @@ def _get(config: Any, *names: str) -> Any:
         if value is not None:
             return value
     return None
+
+
+def _layer_kinds(config: Any, num_layers: int, window: int | None) -> Sequence[str]:
+    """What each layer keeps, in the words of the config where it has some."""
+    if _get(config, "kv_lora_rank") is not None:  # latent attention keeps one vector per token
+        return ["mla"] * num_layers
+    kinds: Sequence[str] | None = _get(config, "layer_types", "layers_block_type")
+    if kinds is not None:
+        return kinds
+    period, offset = _get(config, "attn_layer_period"), _get(config, "attn_layer_offset") or 0
+    if period is not None:
+        return ["attention" if i % period == offset else "mamba" for i in range(num_layers)]
+    return ["full_attention" if window is None else "sliding_attention"] * num_layers
 
 
 def _need(config: Any, *names: str) -> int:

@@ -187,7 +187,8 @@ class Rows:
 
     def release(self) -> None:
         self.rollback()
-        self.kv.release(self.ids)
+        if len(self.ids):
+            self.kv.release(self.ids)
         self._forget()
 
     # -- requests --------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from pagedkv.integrations._attention import attends_paged
 from pagedkv.integrations._forward import AttentionSwitch, fold_rows, unfold_rows
 from pagedkv.integrations._rows import CacheStats, OpenStep, Rows
 from pagedkv.spec import KVSpec
+from pagedkv.units import parse_bytes
 
 __all__ = ["CacheStats", "PagedCache", "attach"]
 
@@ -93,18 +94,18 @@ class PagedCache(Cache):
 
         Raises InvalidSpec if the model has layers that a KVCache cannot hold.
         """
-        dtype = str(model.dtype).removeprefix("torch.")
-        # layer_major: consecutive blocks of a layer are one run of memory, which is read fastest.
+        spec = KVSpec.from_config(model.config, dtype=str(model.dtype), block_size=block_size)
+        num_tokens = spec.num_blocks(parse_bytes(memory, "memory")) * block_size
         kv = KVCache(
-            KVSpec.from_config(model.config, dtype=dtype, block_size=block_size),
+            spec,
             device=str(model.device),
             device_memory=memory,
             max_batch=max_batch,
-            layout="layer_major",
+            max_model_len=2 * max(num_tokens, 1),  # so that blocks run out, not lengths
+            layout="layer_major",  # neighbouring blocks of a layer are one run of memory
         )
-        if paged_attention is None:
-            paged_attention = attends_paged(model)
-        cache = cls(kv, paged_attention=paged_attention)
+        paged = attends_paged(model) if paged_attention is None else paged_attention
+        cache = cls(kv, paged_attention=paged)
         cache._owns_kv = True
         attach(model)
         return cache
@@ -315,9 +316,8 @@ class PagedCache(Cache):
         new = inputs.get("inputs_embeds") if forward.input_ids is None else forward.input_ids
         # A first forward has no past to read, and is the model's own altogether.
         has_past = self._paged_attention and self._rows.length > 0
-        forward.paged_attention = (
-            has_past and new is not None and new.shape[1] <= _MAX_PAGED_QUERIES
-        )
+        few = new is not None and new.shape[1] <= _MAX_PAGED_QUERIES
+        forward.paged_attention = has_past and few
         return inputs
 
     def _end_forward(self, output: Any) -> Any:
@@ -354,7 +354,7 @@ class PagedCache(Cache):
         forward.unread = None
         step = forward.open_step.step
         batch, _, num_new, _ = query.shape
-        if softcap is None and batch > 1 and len(step.shared_runs) == batch:
+        if softcap is None and len(step.shared_runs) == batch:  # nothing is read twice
             keys, values = self.kv.gather(layer, step)
             return sdpa_attention_forward(module, query, keys, values, mask, scaling=scale)[0]
         tokens = query.transpose(1, 2).flatten(0, 1)
