@@ -1,5 +1,6 @@
 #include "bindings/buffers.h"
 
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <utility>
@@ -26,31 +27,40 @@ char integer_format(const char* format) {
   return format[0] != 0 && format[1] == 0 ? format[0] : 0;
 }
 
+// Item i of a buffer, which may lie at any address.
+template <class From>
+From item(const void* buffer, std::size_t i) {
+  From value;
+  std::memcpy(&value, static_cast<const char*>(buffer) + i * sizeof(From), sizeof(From));
+  return value;
+}
+
 // Copies `size` integers and says whether all of them are values of T; tokens may not be negative.
-template <class T, class From>
-bool convert(const From* from, std::size_t size, T* to) {
+template <class From, class T>
+bool convert(const void* from, std::size_t size, T* to) {
   if constexpr (std::is_same_v<T, Token>) {
     std::uint64_t bits = 0;
     for (std::size_t i = 0; i < size; ++i) {
-      bits |= static_cast<std::uint64_t>(static_cast<std::int64_t>(from[i]));
-      to[i] = static_cast<T>(from[i]);
+      const From value = item<From>(from, i);
+      bits |= static_cast<std::uint64_t>(static_cast<std::int64_t>(value));
+      to[i] = static_cast<T>(value);
     }
     return bits <= static_cast<std::uint64_t>(std::numeric_limits<Token>::max());
   } else {
-    for (std::size_t i = 0; i < size; ++i) to[i] = from[i];
+    for (std::size_t i = 0; i < size; ++i) to[i] = item<From>(from, i);
     return true;
   }
 }
 
 template <class From>
-[[noreturn]] void refuse_token(const char* name, const From* from, std::size_t size) {
+[[noreturn]] void refuse_token(const char* name, const void* from, std::size_t size) {
   std::size_t i = 0;
-  while (i + 1 < size && from[i] >= 0 &&
-         static_cast<std::int64_t>(from[i]) <= std::numeric_limits<Token>::max()) {
+  while (i + 1 < size && item<From>(from, i) >= 0 &&
+         std::int64_t{item<From>(from, i)} <= std::numeric_limits<Token>::max()) {
     ++i;
   }
   throw InvalidSpec(std::string(name) + "[" + std::to_string(i) + "] is " +
-                    std::to_string(from[i]) + ", expected a token id, 0 to 2147483647");
+                    std::to_string(item<From>(from, i)) + ", expected a token id, 0 to 2147483647");
 }
 
 }  // namespace
@@ -97,14 +107,15 @@ Argument<T>::Argument(const char* name, py::handle object) : given_(true) {
   }
   const auto size = static_cast<std::size_t>(buffer_.shape[0]);
   if (size > 1 && buffer_.strides[0] != buffer_.itemsize) release_and_refuse("not contiguous");
+  const bool aligned = reinterpret_cast<std::uintptr_t>(buffer_.buf) % (wide ? 8 : 4) == 0;
   if constexpr (std::is_same_v<T, std::int64_t>) {
-    if (wide) {
+    if (wide && aligned) {
       values_ = {static_cast<const T*>(buffer_.buf), size};
       return;
     }
   }
   if constexpr (std::is_same_v<T, Token>) {
-    if (narrow) {
+    if (narrow && aligned) {
       const auto* tokens = static_cast<const Token*>(buffer_.buf);
       Token bits = 0;
       for (std::size_t i = 0; i < size; ++i) bits |= tokens[i];
@@ -121,16 +132,13 @@ Argument<T>::Argument(const char* name, py::handle object) : given_(true) {
     PyBuffer_Release(&buffer_);
     throw;
   }
-  if (wide) {
-    fits = convert(static_cast<const std::int64_t*>(buffer_.buf), size, copy_.data());
-  } else {
-    fits = convert(static_cast<const std::int32_t*>(buffer_.buf), size, copy_.data());
-  }
+  fits = wide ? convert<std::int64_t>(buffer_.buf, size, copy_.data())
+              : convert<std::int32_t>(buffer_.buf, size, copy_.data());
   if (!fits) {
     const Py_buffer buffer = buffer_;
     try {
-      wide ? refuse_token(name, static_cast<const std::int64_t*>(buffer.buf), size)
-           : refuse_token(name, static_cast<const std::int32_t*>(buffer.buf), size);
+      wide ? refuse_token<std::int64_t>(name, buffer.buf, size)
+           : refuse_token<std::int32_t>(name, buffer.buf, size);
     } catch (...) {
       PyBuffer_Release(&buffer_);
       throw;
@@ -149,7 +157,7 @@ void Argument<T>::read_sequence(const char* name, py::handle object) {
     const std::string where = std::string(name) + "[" + std::to_string(i) + "]";
     const std::int64_t value = int_argument(where.c_str(), item);
     T converted{};
-    if (!convert(&value, 1, &converted)) {
+    if (!convert<std::int64_t>(&value, 1, &converted)) {
       throw InvalidSpec(where + " is " + std::to_string(value) +
                         ", expected a token id, 0 to 2147483647");
     }

@@ -116,13 +116,16 @@ def test_wrong_commit_lengths(here: Here) -> None:
 def test_every_integer_buffer_works(here: Here) -> None:
     """numpy, array, memoryview, read-only, misaligned, a list, a tuple, numpy scalars in a list."""
     a = here.ids[1]
-    misaligned = np.frombuffer(b"?" + np.array([6, 7], np.int64).tobytes(), np.int64, offset=1)
+    misaligned = [
+        np.frombuffer(b"?" + np.array([6, 7], dtype).tobytes(), dtype, offset=1)
+        for dtype in (np.int64, np.int32)
+    ]
     frozen = np.array([6, 7], np.int32)
     frozen.setflags(write=False)
     buffers: list[object] = [
         np.array([6, 7]),
         np.array([6, 7], "<i4"),
-        misaligned,
+        *misaligned,
         frozen,
         np.arange(6, 8, dtype=np.int64)[:],
         array.array("q", [6, 7]),
