@@ -48,12 +48,12 @@ def test_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     measured, peers = tmp_path / "bench.json", tmp_path / "peers.json"
     out, figures = tmp_path / "out.md", tmp_path / "out.json"
     measured.write_text(json.dumps(RECORD))
-    peers.write_text(json.dumps({"rows": {"beam step, 8 x 2k": {"another": 463.0}}}))
+    peers.write_text(json.dumps({"rows": {"beam step, 8 x 2k": {"another": 460.0}}}))
     arguments = [measured, "--peers", peers, "--out", out, "--json", figures]
     report.main([str(argument) for argument in arguments])
     assert out.read_text() == capsys.readouterr().out
     assert "| beam step, 8 x 2k | 2 us | 3.5 | met | " in out.read_text()
-    assert "another 463 (232x)" in out.read_text()
+    assert "another 460 (230x)" in out.read_text()
     assert "**missed**" in out.read_text()
     assert json.loads(figures.read_text())["machine"]["cpu"] == "A CPU"
 
