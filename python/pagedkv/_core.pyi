@@ -1,6 +1,7 @@
 """The extension module. `pagedkv` re-exports what users need; see there for the words."""
 
-from typing import Any, NoReturn, final
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,11 @@ class _Object(metaclass=_Type):
 
 @final
 class PrefixHit(_Object):
-    """What a lookup found. Tokens in full blocks and the tail of a partly matching block."""
+    """What a lookup found.
+
+    `num_tokens` are on the device, in full blocks and a part of one more: create() takes them.
+    `num_host_tokens`, in full blocks, follow those in the host tier: fetch() brings them.
+    """
 
     @property
     def num_tokens(self) -> int: ...
@@ -31,6 +36,8 @@ class PrefixHit(_Object):
     def num_full_blocks(self) -> int: ...
     @property
     def num_partial_tokens(self) -> int: ...
+    @property
+    def num_host_tokens(self) -> int: ...
     def __eq__(self, other: object) -> bool: ...
     def __hash__(self) -> int: ...
 
@@ -72,6 +79,12 @@ class Stats(_Object):
     @property
     def num_evicted_blocks(self) -> int: ...
     @property
+    def num_swapped_out_blocks(self) -> int: ...
+    @property
+    def num_swapped_in_blocks(self) -> int: ...
+    @property
+    def num_transfers(self) -> int: ...
+    @property
     def metadata_bytes(self) -> int: ...
     def __eq__(self, other: object) -> bool: ...
     def __hash__(self) -> int: ...
@@ -94,11 +107,17 @@ class Snapshot(_Object):
     @property
     def published(self) -> NDArray[np.bool_]: ...
     @property
+    def host_blocks(self) -> _Int32: ...
+    @property
+    def host_counts(self) -> _Int32: ...
+    @property
     def sequence_ids(self) -> _Int64: ...
     @property
     def sequence_nodes(self) -> _Int32: ...
     @property
     def sequence_lengths(self) -> _Int64: ...
+    @property
+    def sequence_tiers(self) -> NDArray[np.uint8]: ...
 
 @final
 class StepPlan(_Object):
@@ -148,6 +167,45 @@ class StepPlan(_Object):
     def wait_for(self) -> _Int64: ...
     def copy(self) -> StepPlan: ...
     def __eq__(self, other: object) -> bool: ...
+
+@final
+class TransferPlan(_Object):
+    """Copies of blocks between the tiers, to be carried out in any order. A value; it pickles.
+
+    Not before the steps that were committed earlier, nor before the transfers in `wait_for` have
+    ended. The manager learns of the end by complete() or abort().
+
+        copies int32 [n, 3]: source block of one tier, target block of the other, tokens in it
+        wait_for int64 [k]: transfers that must end before this one begins
+    """
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def direction(self) -> Literal["out", "in"]: ...
+    @property
+    def num_copies(self) -> int: ...
+    @property
+    def copies(self) -> _Int32: ...
+    @property
+    def wait_for(self) -> _Int64: ...
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
+    def __getstate__(self) -> tuple[Any, ...]: ...
+    def __setstate__(self, state: tuple[Any, ...], /) -> None: ...
+
+@final
+class Aborted(_Object):
+    """What abort() took along, int64 ids each.
+
+    `transfers` needed the aborted one and are void: nothing comes of them, but each still has to
+    end by complete() or abort(). `sequences` lost their path: restore() or release() them.
+    """
+
+    @property
+    def transfers(self) -> _Int64: ...
+    @property
+    def sequences(self) -> _Int64: ...
 
 @final
 class BlockManager(_Object):
@@ -227,19 +285,152 @@ class BlockManager(_Object):
         """No cached block of this salt (default: of any) is a hit any more."""
     def num_needed(self, ids: _Buffer, counts: _Buffer | None = None) -> int:
         """Blocks that append(ids, counts=counts) would take."""
+    def swap_out(self, ids: _Buffer) -> TransferPlan:
+        """Move whole sequences to the host tier.
+
+        A block that several share moves once, one that the host still has is not copied. A full
+        block stays cached on the device; all others there are free, and whoever takes one waits
+        for the transfer (`StepPlan.wait_for`).
+
+        Raises OutOfBlocks, NotResident (dropped), InvalidState (on the host already, or no host
+        tier, or a step is open).
+        """
+    def swap_in(self, ids: _Buffer) -> TransferPlan:
+        """Move whole sequences back. Until complete(), a step with one of them raises NotResident.
+
+        Raises OutOfBlocks, NotResident (dropped), InvalidState (on the device already).
+        """
+    def fetch(self, id: int) -> TransferPlan:
+        """Bring what the host tier has of the prompt of create() or restore(), beyond the device.
+
+        The sequence is that much longer at once, and resident after complete(). Without copies if
+        there is nothing to bring. Raises OutOfBlocks; then the sequence is as it was.
+        """
+    def complete(self, transfer: int | TransferPlan) -> None:
+        """All copies of a transfer have ended. Raises InvalidState before those it waits for."""
+    def abort(self, transfer: int | TransferPlan) -> Aborted:
+        """The copies of a transfer have ended, or will never begin, and count for nothing.
+
+        Sources are untouched. Sequences that wait for it lose their path, as after drop().
+        """
+    def drop(self, ids: _Buffer) -> None:
+        """Give up the paths of sequences, which remember their tokens: to be recomputed."""
+    def restore(self, ids: _Buffer) -> None:
+        """Dropped sequences hold again what is still a prefix hit of their tokens."""
+    def tier(self, id: int) -> Literal["device", "host"]:
+        """Where the sequence lives."""
+    def is_dropped(self, id: int) -> bool:
+        """Whether the sequence waits for restore()."""
+    def is_resident(self, id: int) -> bool:
+        """Whether the sequence can be in a step now."""
+    def waits_for(self, id: int) -> int | None:
+        """The transfer in flight that the sequence waits for."""
     def num_freed(self, ids: _Buffer) -> int:
-        """Blocks that these sequences alone hold."""
+        """Device blocks that these sequences alone hold."""
     def block_table(self, id: int) -> _Int32: ...
     def stats(self) -> Stats: ...
     def snapshot(self) -> Snapshot: ...
     def verify(self) -> None:
         """Recompute every count from scratch; raises BrokenInvariant on a difference."""
 
+class Device(_Object):
+    """A machine: streams, copies and events. One thread at a time."""
+
+    @property
+    def num_host_waits(self) -> int: ...
+    def close(self) -> None:
+        """Wait for all that is under way; nothing more is accepted."""
+
 @final
-class HostPool(_Object):
-    """Copies in host memory. The caller keeps the tensors alive and passes right addresses.
+class HostDevice(Device):
+    """This process: copies run on worker threads, at most as many as the machine has."""
+
+    def __init__(self, num_workers: int = 2) -> None: ...
+
+@final
+class SimulatedDevice(Device):
+    """A machine whose copies run late, torn and out of order, as far as their order allows.
 
     Args:
+        seed: decides everything: the same calls give the same run.
+        schedule: "random", "lazy" (nothing runs that nobody waits for) or "eager".
+        num_compute_streams: streams that steps can be queued on; see use_compute_stream().
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        schedule: Literal["eager", "lazy", "random"] = "random",
+        num_compute_streams: int = 1,
+    ) -> None: ...
+    def use_compute_stream(self, index: int) -> None:
+        """Steps are queued on this stream from now on."""
+    def hold_next(self) -> None:
+        """The next piece of work runs only when somebody waits for it."""
+    def fail_copy(self, k: int = 1) -> None:
+        """The k-th copy from now fails half way."""
+    def fail_allocate(self, k: int = 1) -> None:
+        """The k-th allocation of host memory from now fails."""
+    def lose(self) -> None:
+        """The machine is gone: what is pending never runs, new work is refused."""
+    def skip(self, site: str) -> None:
+        """Leave out the fences of a site of the transfer engine, to see that a test notices."""
+    @property
+    def violations(self) -> list[str]:
+        """Pairs of accesses, one of them a write, that nothing orders."""
+    @property
+    def num_events(self) -> int: ...
+    @property
+    def num_pending(self) -> int: ...
+    @property
+    def host_bytes(self) -> int: ...
+
+@final
+class TransferEngine(_Object):
+    """Carries out transfer plans on a device.
+
+    Args:
+        regions: what a block consists of: (address in block 0, bytes from block to block, bytes).
+        max_in_flight: transfers that are given to the device at a time.
+        owner: of the memory in `regions`; kept alive.
+
+    Raises DeviceError if the host tier's memory cannot be had.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        regions: Sequence[tuple[int, int, int]],
+        num_device_blocks: int,
+        num_host_blocks: int,
+        *,
+        max_in_flight: int = 8,
+        owner: object = None,
+    ) -> None: ...
+    def submit(self, plan: TransferPlan) -> None:
+        """Queue a plan behind all that the caller's stream was given. Raises DeviceError."""
+    def step(self, plan: StepPlan) -> None:
+        """Make the caller's stream wait for what a step has to wait for. Raises DeviceError."""
+    def poll(self) -> list[tuple[int, str | None]]:
+        """What has ended since: (id, why it failed or None). Never blocks."""
+    def wait(self, transfer: int) -> None:
+        """Block until a transfer has ended, which poll() tells."""
+    def cancel(self, transfer: int) -> bool:
+        """False: its copies have begun, or ended."""
+    def close(self) -> None:
+        """Cancel what has not begun, wait for the rest, give the host tier back."""
+    @property
+    def num_in_flight(self) -> int: ...
+    @property
+    def host_bytes(self) -> int: ...
+    @property
+    def num_runs(self) -> int: ...
+
+class Pool(_Object):
+    """What a step does with tensors. The caller keeps them alive and passes right addresses.
+
+    Args of its classes:
         regions: (address, bytes from block to block, bytes of a token), one per tensor.
         num_blocks: blocks in each region, block 0 among them.
         block_size: tokens per block.
@@ -247,9 +438,6 @@ class HostPool(_Object):
     Raises InvalidSpec, before it touches memory, for a block or slot outside the pool.
     """
 
-    def __init__(
-        self, regions: list[tuple[int, int, int]], num_blocks: int, block_size: int
-    ) -> None: ...
     def copy_blocks(self, copies: _Int32) -> None:
         """Rows of `copies` [n, 3]: source block, target block, tokens; in every region."""
     def scatter(self, region: int, slots: _Int64, source: int, source_stride: int) -> None:
@@ -266,3 +454,26 @@ class HostPool(_Object):
     ) -> None:
         """num_tokens[b] tokens from block `first_block` of row b on, to a dense tensor
         [B, num_heads, width, head] at address `target`; zeros past each row's tokens."""
+    def synchronize(self) -> None:
+        """Block until all that was queued has ended."""
+
+@final
+class HostPool(Pool):
+    """In host memory, by the calling thread, at once."""
+
+    def __init__(
+        self, regions: list[tuple[int, int, int]], num_blocks: int, block_size: int
+    ) -> None: ...
+
+@final
+class SimulatedPool(Pool):
+    """On the compute stream of a simulated device; gather() waits for it. Keeps `owner` alive."""
+
+    def __init__(
+        self,
+        device: SimulatedDevice,
+        regions: list[tuple[int, int, int]],
+        num_blocks: int,
+        block_size: int,
+        owner: object = None,
+    ) -> None: ...

@@ -305,11 +305,13 @@ def _close_all() -> None:
 
 def _device(device: str | torch.device | Device) -> tuple[torch.device, Device | None]:
     """Where the tensors are, and the machine that copies, if the caller has one."""
-    if isinstance(device, Device):
-        return torch.device("cpu"), device
+    if not isinstance(device, (str, torch.device)):
+        if isinstance(device, Device):
+            return torch.device("cpu"), device
+        raise InvalidSpec(f"device is {device!r}, expected a torch device")
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except RuntimeError as error:
         raise InvalidSpec(f"device is {device!r}, expected a torch device") from error
     if found.type != "cpu":
         raise InvalidSpec(f'device is "{found}", expected "cpu": this version has no other device')
