@@ -170,6 +170,7 @@ class BlockManager {
     return slot;
   }
   void require_host_tier() const;
+  void require_may_end(TransferId id) const;
   void require_resident(std::uint32_t slot) const;
   void require_path(std::uint32_t slot) const;  // not dropped
   void check_sizes(std::size_t ids, std::size_t others, const char* name) const;

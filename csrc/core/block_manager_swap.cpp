@@ -122,10 +122,10 @@ TransferId BlockManager::waits_for(SequenceId id) const {
   return transfers_.in_flight(transfer) ? transfer : TransferId::none;
 }
 
-void BlockManager::complete(TransferId id) {
-  require_no_open_step();
-  const TransferTable::Transfer* transfer = transfers_.find(id);
+// A transfer that is in flight ends only after those that it waits for.
+void BlockManager::require_may_end(TransferId id) const {
   const auto text = [](TransferId t) { return std::to_string(static_cast<std::int64_t>(t)); };
+  const TransferTable::Transfer* transfer = transfers_.find(id);
   if (transfer == nullptr) {
     throw InvalidState("transfer " + text(id) +
                        " is not in flight: it was never planned, or ended");
@@ -135,15 +135,17 @@ void BlockManager::complete(TransferId id) {
     throw InvalidState("transfer " + text(id) + " cannot end before transfer " + text(before) +
                        ", which it waits for");
   }
+}
+
+void BlockManager::complete(TransferId id) {
+  require_no_open_step();
+  require_may_end(id);
   transfers_.close(id);
 }
 
 Aborted BlockManager::abort(TransferId id) {
   require_no_open_step();
-  if (!transfers_.in_flight(id)) {
-    throw InvalidState("transfer " + std::to_string(static_cast<std::int64_t>(id)) +
-                       " is not in flight: it was never planned, or ended");
-  }
+  require_may_end(id);
   Aborted aborted;
   std::vector<TransferId> failed{id};
   for (TransferTable::Transfer& transfer : transfers_.transfers()) {  // ids ascend, so one pass
