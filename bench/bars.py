@@ -51,6 +51,12 @@ BARS = (
     Bar("trace, per operation", "us", 1.2, floor="one sequence, one step"),
     Bar("metadata bytes per block", "B", 160, floor="64 of token ids"),
     Bar("resident bytes per cached block", "B", 160, floor="64 of token ids"),
+    Bar("swap out of 128 blocks", "us", 6, floor="one call, 128 nodes placed"),
+    Bar("swap in of 128 blocks, evicting", "us", 16, floor="one call, 128 placed, 128 evicted"),
+    Bar("complete a swap of 128 blocks", "us"),
+    Bar("swap out over memcpy, time", "x", 1.25, floor="1"),
+    Bar("swap in over memcpy, time", "x", 1.25, floor="1"),
+    Bar("decode beside a swap over beside memcpy", "x", 1.2, floor="1"),
     # Floors: what a call, a step and a read of memory cost here.
     Bar("clock", "us"),
     Bar("empty call", "us"),

@@ -38,7 +38,7 @@ TransferPlan BlockManager::move(std::span<const SequenceId> ids, Tier source, Ti
   for (const SequenceId id : ids) {
     const std::uint32_t slot = sequences_.slot(id);
     Sequence& sequence = sequences_[slot];
-    tree_.unref(sequence.tip, source, Leave::hot);
+    tree_.unref(sequence.tip, source, Leave::moved);
     sequence.tier = target;
     sequence.transfer = plan.id;
     sequence.lower_row(0);

@@ -73,9 +73,10 @@ BlockId BlockTree::take_block(Tier tier) {
   return pool.take();
 }
 
-void BlockTree::give_block(NodeId id, Tier tier) {
+void BlockTree::give_block(NodeId id, Tier tier, bool last) {
   BlockId& block = at(id).place[index(tier)].block;
-  pools_[index(tier)].give(block);
+  BlockPool& pool = pools_[index(tier)];
+  last ? pool.give_last(block) : pool.give(block);
   block = BlockId::none;
 }
 
@@ -211,9 +212,9 @@ void BlockTree::unref(NodeId id, Tier tier, Leave leave KV_SITE_PARAMETER) {
     const NodeId parent = n.parent;
     if (parent == NodeId::none) return drop_if_unused(id);
     if (!n.published) {
-      give_block(id, tier);
+      give_block(id, tier, leave == Leave::moved);
       if (n.place[index(other(tier))].block == BlockId::none) free_node(id);
-    } else if (leave == Leave::hot) {
+    } else if (leave != Leave::cold) {
       orders_[t].push_hot(id);
     } else {
       if (behind == NodeId::none) behind = n.place[t].first_child;

@@ -51,8 +51,9 @@ struct alignas(64) Node {
 };
 static_assert(sizeof(Node) == 64);
 
-// Where the eviction order takes a node whose last holder left.
-enum class Leave { hot, cold };
+// How the last holder of a node left: for the eviction order, or, if the node loses its block, for
+// the pool. `moved` is hot, but a transfer still reads the block.
+enum class Leave { hot, cold, moved };
 
 class BlockTree {
  public:
@@ -159,7 +160,7 @@ class BlockTree {
   void grow(std::size_t num_nodes);  // all its arrays, or throws with none of them used
   void complete(NodeId id);       // all its tokens are known: hash them, and warm up for publish()
   BlockId take_block(Tier tier);  // evicting for it if need be
-  void give_block(NodeId id, Tier tier);
+  void give_block(NodeId id, Tier tier, bool last = false);
   void link_child(NodeId id, Tier tier);
   void unlink_child(NodeId id, Tier tier);
   NodeId any_child(NodeId id) const;

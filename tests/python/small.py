@@ -41,3 +41,27 @@ def state(m: pk.BlockManager) -> tuple[Any, ...]:
     arrays = [getattr(snapshot, name).tolist() for name in names + rows]
     tables = [table(m, int(i)) for i in snapshot.sequence_ids]
     return stats.device, stats.num_sequences, stats.num_logical_blocks, arrays, tables
+
+
+def two_tiers(device: int = 12, host: int = 12, block_size: int = 2) -> pk.BlockManager:
+    return pk.BlockManager(device, host, block_size=block_size, max_batch=8)
+
+
+def grow(m: pk.BlockManager, ids: list[int], token: int = 50) -> Any:
+    """One more token for each, committed; the plan as a value."""
+    plan = m.append(ids, [token] * len(ids))
+    value = plan.copy()
+    m.commit(plan)
+    return value
+
+
+def on_host(m: pk.BlockManager, ids: list[int]) -> None:
+    m.complete(m.swap_out(ids))
+
+
+def flush(m: pk.BlockManager) -> None:
+    """Evict all that is cached on the device."""
+    room = m.stats().device.num_free + m.stats().device.num_cached
+    filler = m.create()
+    m.commit(m.append([filler], counts=[room * m.block_size]))
+    m.release([filler])
