@@ -204,11 +204,20 @@ std::optional<std::string_view> salt_argument(py::handle object) {
                     ", expected bytes or a str that UTF-8 holds");
 }
 
+namespace {
+
+// Python's and numpy's; older numpys let theirs be an index.
+bool is_bool(py::handle object) {
+  return PyBool_Check(object.ptr()) || type_name(object).starts_with("numpy.bool");
+}
+
+}  // namespace
+
 std::int64_t int_argument(const char* name, py::handle object) {
   const auto refuse_int = [&](const std::string& found) {
     throw InvalidSpec(std::string(name) + " is " + found + ", expected an int64");
   };
-  if (PyBool_Check(object.ptr()) || !PyIndex_Check(object.ptr())) {
+  if (!PyIndex_Check(object.ptr()) || is_bool(object)) {
     refuse_int("a " + type_name(object));
   }
   const auto integer = py::reinterpret_steal<py::object>(PyNumber_Index(object.ptr()));
