@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 import report
-from bars import BARS
 
 
 def entry(row: str, median: float, clock: int = 0, per: int = 1, **extra: Any) -> dict[str, Any]:
@@ -56,15 +55,6 @@ def test_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "another 460 (230x)" in out.read_text()
     assert "**missed**" in out.read_text()
     assert json.loads(figures.read_text())["machine"]["cpu"] == "A CPU"
-
-
-def test_every_bar_has_its_row() -> None:
-    """A row that is renamed in one place only would silently leave the report."""
-    sources = "".join(p.read_text() for p in Path(report.__file__).parent.glob("test_[mst]*.py"))
-    for bar in BARS:
-        for part in bar.row.split(", "):
-            words = part.replace("128k", "").replace("100k", "").replace("10k", "").split()
-            assert all(word in sources for word in words if not word.endswith(("2k", "1M"))), bar
 
 
 def test_transformers_benchmark_at_a_small_size() -> None:
