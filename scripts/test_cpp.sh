@@ -11,6 +11,7 @@ for sanitize in "" address,undefined thread; do
   "$bin/cmake" -G Ninja -S . -B "$build" -DCMAKE_MAKE_PROGRAM="$bin/ninja" \
     -DKV_PYTHON=OFF -DKV_TESTS=ON -DKV_SANITIZE="$sanitize" \
     -DCMAKE_COMPILE_WARNING_AS_ERROR=ON >"$build.log" || { cat "$build.log"; exit 1; }
-  "$bin/cmake" --build "$build" --target kv_tests
+  "$bin/cmake" --build "$build" --target kv_tests kv_programs
   "$build/tests/cpp/kv_tests"
+  "$build/tests/cpp/kv_programs" --seeds 3000
 done

@@ -1,5 +1,9 @@
 #include "bindings/module.h"
 
+#ifdef KV_MUTANTS
+#error "KV_MUTANTS is for the C++ tests: the module never leaves out a call"
+#endif
+
 #define KV_STRING_OF(x) #x
 #define KV_STRING(x) KV_STRING_OF(x)
 

@@ -223,3 +223,13 @@ def test_one_word_per_concept(path: Path) -> None:
     theirs = r"_SC_\w*PAGE\w*|kv_last_page_len|page_table|OS pages?|page-locked"
     text = re.sub(theirs, "", path.read_text())
     assert re.findall(r"(?i)\bpages?\b|\bslot_mapping\b|\bonload\b|\boffload\b", text) == []
+
+
+def test_calls_are_left_out_in_test_builds_only() -> None:
+    """Who defines KV_MUTANTS is a test's own CMake file, and the module refuses to be built so."""
+    users = [p for p in ROOT.rglob("CMakeLists.txt") if "KV_MUTANTS" in p.read_text()]
+    assert [name(p) for p in users if "build" not in p.parts] == ["tests/cpp/CMakeLists.txt"]
+    assert not any("KV_MUTANTS" in p.read_text() for p in (ROOT / "cmake").iterdir())
+    assert "KV_MUTANTS" not in (ROOT / "pyproject.toml").read_text()
+    module = (CSRC / "bindings" / "module.cpp").read_text()
+    assert re.search(r"#ifdef KV_MUTANTS\n#error ", module)
