@@ -61,7 +61,7 @@ def test_hazard_14_an_admission_evicts_what_it_is_going_to_hit() -> None:
             w.step({b: [9]})
         w.read(b)
 
-    holds(on_the_device, device_blocks=4)
+    holds(on_the_device, device_blocks=4, max_model_len=12)
 
     def out_of_the_device(w: World) -> None:
         a = w.admit_on_host([1, 2, 3, 4])
