@@ -281,7 +281,9 @@ void TransferEngine::close() {
     if (transfer.state == State::queued) make_void(transfer, "the transfer engine was closed");
     try {
       if (transfer.state == State::copying) issue(transfer);
-      if (transfer.state == State::issued) await(transfer.end);
+      if (transfer.state != State::issued) continue;
+      await(transfer.end);
+      device_->recycle(transfer.end);
     } catch (const DeviceError&) {  // lost: nothing is copied any more
     }
   }

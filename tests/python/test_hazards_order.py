@@ -1,258 +1,239 @@
-"""Hazards of order: who reads or writes a block before, or while, somebody else does.
-
-The rows are those of docs/hazards.md. Each scenario runs under every schedule and in both layouts;
-where a fence prevents the hazard, it also runs without, and must then go wrong.
-"""
+"""Hazards 1 to 12 of docs/hazards.md: two pieces of work on one block, and nothing between them."""
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
-torch = pytest.importorskip("torch")
+import pagedkv as pk
+from hazard_world import World, holds
+from small import state
 
-from world import World, holds  # noqa: E402
-
-
-def intrude(world: World) -> None:
-    """Write into every block that the device can give, and let go of them."""
-    device = world.kv.stats().device
-    room = (device.num_free + device.num_cached) * world.kv.spec.block_size
-    other = world.admit(list(range(1000, 1000 + room)))
-    world.read(other)
-    world.release(other)
-    world.kv.clear()
+COMPUTE = "transfer_after_compute"
+TRANSFER = "transfer_after_transfer"
+STEP = "step_after_transfer"
+STREAM = "stream_after_stream"
 
 
-def test_hazard_01_device_block_reused_while_its_copy_reads_it() -> None:
-    def scenario(world: World) -> None:
-        a = world.admit([1, 2, 3])
-        world.read(a)
-        world.kv.swap_out([a])
-        intrude(world)
-        world.kv.swap_in([a]).wait()
-        world.read(a)
+def test_hazard_01_a_block_is_reused_while_its_copy_to_the_host_reads_it() -> None:
+    def scenario(w: World) -> None:
+        a = w.admit([1, 2, 3, 4, 5])
+        w.device.hold_next()
+        w.kv.swap_out([a])
+        w.overwrite()
+        w.kv.swap_in([a]).wait()
+        w.read(a)
 
-    holds(scenario, device_blocks=2, without=["step_after_transfer"])
-
-
-def test_hazard_02_swap_out_before_the_block_is_written() -> None:
-    def scenario(world: World) -> None:
-        a = world.admit([1, 2, 3])
-        world.kv.swap_out([a]).wait()
-        intrude(world)
-        world.kv.swap_in([a]).wait()
-        world.read(a)
-
-    holds(scenario, without=["transfer_after_compute"])
+    holds(scenario, without=STEP)
 
 
-def test_hazard_04_swap_in_over_a_block_that_is_still_read() -> None:
-    """The late reader is a copy-on-write whose source nobody holds any more."""
+def test_hazard_02_a_swap_out_begins_before_its_blocks_are_written() -> None:
+    def scenario(w: World) -> None:
+        a = w.create([1, 2, 3, 4, 5])
+        w.step({a: [1, 2, 3, 4, 5]})
+        w.kv.swap_out([a]).wait()  # nobody has waited for the writes
+        w.overwrite()
+        w.kv.swap_in([a]).wait()
+        w.read(a)
 
-    def scenario(world: World) -> None:
-        moved = world.admit([9])
-        world.kv.swap_out([moved]).wait()
-        a = world.admit([1])
-        world.read(a)
-        a, b = world.fork(a, 2)
-        world.device.hold_next()
-        world.step({b: [2]})
-        world.release(a)
-        world.kv.swap_in([moved]).wait()
-        world.read(b, moved)
-
-    holds(scenario, device_blocks=2, without=["transfer_after_compute"])
+    holds(scenario, without=COMPUTE)
 
 
-def test_hazard_06_host_block_reused_while_a_swap_in_reads_it() -> None:
-    def scenario(world: World) -> None:
-        a, b = world.admit([1, 2]), world.admit([3, 4])
-        world.kv.swap_out([a]).wait()
-        intrude(world)
-        back = world.kv.swap_in([a])  # from the only host block, which is free to go now
-        world.kv.swap_out([b]).wait()
-        back.wait()
-        world.read(a)
-        world.kv.swap_in([b]).wait()
-        world.read(b)
+def test_hazard_03_a_reader_runs_before_the_swap_in_has_landed() -> None:
+    """Nobody can: until the transfer is told to have ended, its sequence is in no step."""
 
-    holds(scenario, host_blocks=1, without=["transfer_after_transfer"])
-
-
-def test_hazard_07_out_and_in_and_out_without_the_host_waiting() -> None:
-    def scenario(world: World) -> None:
-        choose = random.Random(7)
-        a, b = world.admit([1, 2, 3]), world.admit([4, 5, 6])
-        for _ in range(12):
+    def scenario(w: World) -> None:
+        a = w.admit_on_host([1, 2, 3, 4, 5])
+        b = w.fork(a, 2)[1]
+        w.device.hold_next()
+        transfer = w.kv.swap_in([a, b])
+        for stream in (0, 1):
+            w.device.use_compute_stream(stream)
             for i in (a, b):
-                if world.kv.manager.tier(i) == "device":
-                    world.kv.swap_out([i])
-                    if choose.random() < 0.5:
-                        intrude(world)
-                else:
-                    world.kv.swap_in([i])
-                if choose.random() < 0.3 and world.kv.ready([i]):
-                    world.step({i: [choose.randrange(9)]})
+                assert not w.kv.manager.is_resident(i)
+                with pytest.raises(pk.NotResident) as error:
+                    w.kv.step([i], [6])
+                assert error.value.transfer == transfer.id
+        assert w.kv.lookup([1, 2, 3, 4, 5]).num_tokens == 0
+        transfer.wait()
+        for stream, i in ((0, a), (1, b), (0, b)):
+            w.device.use_compute_stream(stream)
+            w.step({i: [6]}, check=True)
 
-    waits = ["transfer_after_transfer", "transfer_after_compute"]
-    holds(scenario, device_blocks=14, host_blocks=14, without=waits)
-
-
-def test_hazard_09_copy_on_write_source_overwritten_before_the_copy_runs() -> None:
-    def scenario(world: World) -> None:
-        a, b = world.fork(world.admit([1]), 2)
-        world.device.hold_next()
-        world.step({b: [2]})
-        world.device.use_compute_stream(1)
-        world.release(a)
-        c = world.admit([7, 8])
-        world.read(c, b)
-
-    holds(scenario, device_blocks=2, num_compute_streams=2, without=["stream_after_stream"])
+    holds(scenario, num_compute_streams=2)
 
 
-def test_hazard_10_copy_on_write_target_is_still_read() -> None:
-    """By the swap-out of the sequence that it was taken from."""
+def test_hazard_04_the_target_of_a_swap_in_is_still_read_by_its_last_owner() -> None:
+    def scenario(w: World) -> None:
+        c = w.admit_on_host([10, 11, 12, 13, 14, 15, 16])
+        a = w.admit([1, 2, 3])
+        b = w.fork(a, 2)[1]
+        w.device.hold_next()
+        w.step({b: [4]})  # copies a's last block
+        w.release(a)
+        w.kv.swap_out([b])
+        w.kv.clear()
+        w.kv.swap_in([c]).wait()  # into every block there is
+        w.read(c)
 
-    def scenario(world: World) -> None:
-        a, b = world.admit([1]), world.admit([5])
-        world.read(a, b)
-        world.kv.swap_out([a])
-        b, c = world.fork(b, 2)
-        world.step({c: [6]})
-        world.read(b, c)
-        world.release(c)
-        world.kv.swap_in([a]).wait()
-        world.read(a, b)
-
-    holds(scenario, device_blocks=2, without=["step_after_transfer"])
-
-
-def test_hazard_11_an_older_and_slower_reader_is_waited_for_too() -> None:
-    """Two streams read block A, the compute stream later than the copy out; then A is landed on."""
-
-    def scenario(world: World) -> None:
-        moved = world.admit([9])
-        world.kv.swap_out([moved]).wait()
-        a, b = world.fork(world.admit([1]), 2)
-        world.device.hold_next()
-        world.step({b: [2]})
-        world.kv.swap_out([a])
-        world.kv.swap_in([moved]).wait()
-        world.read(b, moved)
-        world.release(moved)
-        world.kv.swap_in([a]).wait()
-        world.read(a)
-
-    holds(
-        scenario,
-        device_blocks=2,
-        without=["transfer_after_compute", "transfer_after_transfer"],
-    )
+    holds(scenario, without=COMPUTE, device_blocks=4)
 
 
-def test_hazard_12_prefix_hit_before_its_producer_has_written() -> None:
-    def scenario(world: World) -> None:
-        world.device.hold_next()
-        world.admit([1, 2, 3])
-        world.device.use_compute_stream(1)
-        b = world.create([1, 2, 8])
-        assert world.kv.num_cached(b) == 2
-        world.step({b: [8]}, check=True)
+def test_hazard_05_two_swap_outs_into_one_host_block() -> None:
+    def scenario(w: World) -> None:
+        a, b = w.admit([1]), w.admit([2])
+        before = state(w.kv.manager)
+        with pytest.raises(pk.OutOfBlocks, match="the host tier has 1 blocks"):
+            w.kv.swap_out([a, b])
+        assert state(w.kv.manager) == before
+        w.device.hold_next()
+        w.kv.swap_out([a])
+        with pytest.raises(pk.OutOfBlocks):
+            w.kv.swap_out([b])
+        w.release(a)
+        w.kv.swap_out([b])  # its block is taken over while the copy into it is under way
+        w.overwrite()
+        w.kv.swap_in([b]).wait()
+        w.read(b)
 
-    holds(scenario, num_compute_streams=2, without=["stream_after_stream"])
-
-
-def test_hazard_16_preempt_while_the_next_step_is_queued() -> None:
-    def swapped(world: World) -> None:
-        a = world.admit([1, 2, 3])
-        world.device.hold_next()
-        world.step({a: [4, 5]})
-        assert world.kv.preempt([a], mode="swap") is not None
-        intrude(world)
-        world.resume([a])
-        while not world.kv.ready([a]):
-            world.kv.poll()
-        world.read(a)
-
-    def recomputed(world: World) -> None:
-        a = world.admit([1, 2, 3])
-        world.device.hold_next()
-        world.step({a: [4, 5]})
-        assert world.kv.preempt([a], mode="recompute") is None
-        world.forget([a])
-        intrude(world)
-        world.resume([a])
-        assert world.kv.length(a) == 0
-        world.step({a: [1, 2, 3, 4, 5]}, check=True)
-
-    holds(swapped, device_blocks=3, without=["transfer_after_compute", "step_after_transfer"])
-    holds(recomputed, device_blocks=3)
+    holds(scenario, host_blocks=1)
 
 
-def test_hazard_17_a_sequence_moves_to_another_stream() -> None:
-    def scenario(world: World) -> None:
-        a = world.admit([1])
-        for turn in range(6):
-            world.device.use_compute_stream(turn % 3)
-            world.device.hold_next()
-            world.step({a: [turn]})
-            _, b = world.fork(a, 2)
-            world.release(b)
-        world.device.use_compute_stream(2)
-        world.read(a)
+def test_hazard_06_a_host_block_is_reused_while_a_swap_in_reads_it() -> None:
+    def scenario(w: World) -> None:
+        a = w.admit_on_host([1, 2, 3])
+        b = w.admit([11, 12, 13])
+        w.device.hold_next()
+        back = w.kv.swap_in([a])
+        w.kv.swap_out([b]).wait()  # into the host blocks that a comes from
+        back.wait()
+        w.read(a)
 
-    holds(scenario, num_compute_streams=3, without=["stream_after_stream"])
+    holds(scenario, without=TRANSFER, host_blocks=2)
 
 
-def test_hazard_17_swap_out_follows_every_stream_that_wrote() -> None:
-    def scenario(world: World) -> None:
-        a = world.admit([1, 2, 3])
-        world.device.use_compute_stream(1)
-        world.kv.swap_out([a]).wait()
-        intrude(world)
-        world.kv.swap_in([a]).wait()
-        world.read(a)
+def test_hazard_07_out_in_and_out_again_without_waiting() -> None:
+    def scenario(w: World) -> None:
+        a = w.admit([1, 2, 3, 4, 5])
+        for _ in range(6):
+            w.kv.swap_out([a])
+            w.kv.swap_in([a])
+        assert w.device.num_host_waits == 0
+        w.kv.swap_out([a])
+        w.overwrite()
+        w.kv.swap_in([a]).wait()
+        w.read(a)
 
-    holds(scenario, num_compute_streams=2, without=["stream_after_stream"])
+    holds(scenario, without=TRANSFER)
+    # Full blocks stay on the device: take them away while the copies are under way.
+    holds(lambda w: bounce(w, 4), without=STEP)
 
 
-def test_hazard_19_arguments_rewritten_before_the_work_that_they_describe_ran() -> None:
-    """The step's persistent buffers, the caller's tensors, and the descriptors of transfers."""
+def bounce(w: World, times: int) -> None:
+    a = w.admit([1, 2, 3, 4, 5])
+    for token in range(times):
+        w.kv.swap_out([a])
+        w.overwrite()
+        w.kv.swap_in([a]).wait()
+        w.step({a: [token]}, check=True)
 
-    def scenario(world: World) -> None:
-        a, b = world.create([1, 2, 3]), world.create([4, 5, 6])
-        world.device.hold_next()
-        with world.kv.step([a], [1, 2, 3], counts=[3]) as step:
-            new = world.appended(a, [1, 2, 3])
-            world.write(step, new.digests)  # its tensors are gone when it returns
-            slots = step.plan.slots
-        world.texts[a] = new
-        world.kv.swap_out([a])
-        world.step({b: [4, 5, 6]})  # in the buffers of the step before
-        assert slots.base is not None
-        intrude(world)
-        world.kv.swap_in([a]).wait()
-        world.read(a, b)
+
+def test_hazard_08_copy_on_write_from_a_block_that_is_landing() -> None:
+    """A fork of what is landing is as little resident as what it was forked from."""
+
+    def scenario(w: World) -> None:
+        a = w.admit_on_host([1, 2, 3])
+        w.device.hold_next()
+        back = w.kv.swap_in([a])
+        b = w.fork(a, 2)[1]
+        with pytest.raises(pk.NotResident):
+            w.kv.step([a, b], [4, 5])
+        back.wait()
+        w.step({a: [4], b: [5]}, check=True)
 
     holds(scenario)
 
 
-def test_hazard_28_writer_into_a_fresh_block_that_has_a_queued_copy() -> None:
-    """The copy and the write are of one step, and on one stream; on two nothing would order them."""
+def test_hazard_09_the_source_of_copy_on_write_is_overwritten_before_the_copy() -> None:
+    def scenario(w: World) -> None:
+        a = w.admit([1, 2, 3])
+        b = w.fork(a, 2)[1]
+        w.device.hold_next()
+        w.step({b: [4]})
+        w.release(a)
+        w.device.use_compute_stream(1)
+        w.overwrite()
+        w.read(b)
 
-    def scenario(world: World) -> None:
-        a, b = world.fork(world.admit([1]), 2)
-        world.device.hold_next()
-        world.step({b: [2]}, check=True)
-        world.read(a, b)
+    holds(scenario, without=STREAM, num_compute_streams=2)
 
-    holds(scenario)
-    with World(num_compute_streams=2) as world:
-        a, b = world.fork(world.admit([1]), 2)
-        with world.kv.step([b], [2]) as step:
-            world.device.use_compute_stream(1)
-            world.write(step, world.appended(b, [2]).digests[-1:])
-        assert "not ordered" in world.device.violations[0]
+
+def test_hazard_10_the_target_of_copy_on_write_has_a_reader_pending() -> None:
+    def read_by_a_step(w: World) -> None:
+        a = w.admit([1, 2, 3])
+        b = w.fork(a, 2)[1]
+        w.device.hold_next()
+        w.step({b: [4, 5]})
+        w.release(a)
+        c = w.fork(b, 2)[1]
+        w.device.use_compute_stream(1)
+        w.step({c: [6, 7]})  # the block that was given back last is taken first: a's
+        w.read(b, c)
+
+    holds(read_by_a_step, without=STREAM, num_compute_streams=2, device_blocks=5)
+
+    def read_by_a_swap_out(w: World) -> None:
+        a, b = w.admit([1]), w.admit([11, 12, 13])
+        c = w.fork(b, 2)[1]
+        w.device.hold_next()
+        w.kv.swap_out([a])
+        w.step({c: [14]})  # copies b's last block over what was a's
+        w.kv.swap_out([b, c])
+        w.overwrite()
+        w.kv.swap_in([a, b, c]).wait()
+        w.read(a, b, c)
+
+    holds(read_by_a_swap_out, without=STEP, device_blocks=4)
+
+
+def test_hazard_11_of_many_readers_the_last_alone_is_remembered() -> None:
+    def scenario(w: World) -> None:
+        a = w.admit([1, 2, 3])
+        b, c = w.fork(a, 3)[1:]
+        w.device.hold_next()
+        w.step({b: [4]})  # reads a's last block, slowly
+        w.device.use_compute_stream(1)
+        w.step({c: [5]})  # so does this
+        w.release(a)
+        w.device.use_compute_stream(2)
+        w.overwrite()
+        w.read(b, c)
+
+    holds(scenario, without=STREAM, num_compute_streams=3)
+
+    def out_and_in(w: World) -> None:
+        d = w.admit_on_host([21, 22, 23, 24, 25, 26, 27])
+        a = w.admit([1, 2, 3])
+        b = w.fork(a, 2)[1]
+        w.device.hold_next()
+        w.kv.swap_out([b])  # reads a's blocks, slowly
+        w.step({w.fork(a, 2)[1]: [4]})  # so does this
+        w.release(*(i for i in w.texts if i not in (b, d)))
+        w.kv.clear()
+        w.kv.swap_in([d]).wait()
+        w.read(d)
+        w.kv.swap_out([d])
+        w.kv.swap_in([b]).wait()
+        w.read(b)
+
+    holds(out_and_in, without=TRANSFER, device_blocks=4)
+
+
+def test_hazard_12_a_prefix_hit_comes_before_its_producers_write() -> None:
+    def scenario(w: World) -> None:
+        w.admit([1, 2, 3, 4, 5])
+        w.device.use_compute_stream(1)
+        b = w.create([1, 2, 3, 4, 9])
+        assert w.kv.num_cached(b) == 4
+        w.step({b: [9]}, check=True)
+
+    holds(scenario, without=STREAM, num_compute_streams=2)
