@@ -70,7 +70,9 @@ def with_room() -> list[list[int]]:
 def test_with_room_it_gives_what_generate_gives() -> None:
     for prompt, tokens in zip(prompts(), with_room(), strict=True):
         ids = torch.tensor([prompt])
-        expected = network().generate(ids, max_new_tokens=NEW, do_sample=False)
+        expected = network().generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
+        )
         assert tokens == expected[0, len(prompt) :].tolist()
 
 
