@@ -77,13 +77,13 @@ class Engine:
         self.running.sort(key=lambda r: r.number)
 
     def has_room(self, request: Request) -> bool:
-        """Whether the device holds all its tokens, and a further block for each that is active."""
+        """Whether the device holds its tokens, and one to come, beside those that are active."""
         active = self.running + self.returning
         if not active:
             return True
         # Of those that have not run yet, the blocks are promised and not taken.
         size, device = self.kv.spec.block_size, self.kv.stats().device
-        wanted = sum(-(-len(r.tokens) // size) + 1 for r in [*active, request])
+        wanted = sum(-(-(len(r.tokens) + 1) // size) for r in [*active, request])
         taken = sum(-(-self.kv.length(r.id) // size) for r in active)
         return wanted - taken <= device.num_free + device.num_cached
 
