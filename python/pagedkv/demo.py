@@ -58,6 +58,7 @@ def run(model: str, device: str, out: Path) -> int:
         results = [(scene, _show(loaded, scene, console)) for scene in scenes(first, second)]
         _print_summary(results, console)
         _draw(loaded, first, second, out, console)
+        _show_engine(loaded, out.with_name("pagedkv-swap.png"), console)
     except (ModelUnavailable, OSError) as error:
         print(f"pagedkv: {error}", file=sys.stderr)
         return _FAILED
@@ -93,6 +94,57 @@ def _show(model: DemoModel, scene: Scene, console: Console) -> Comparison:
     else:
         console.print(f"  {escape(describe(divergence, model))}", style="yellow")
     return rounds
+
+
+def _show_engine(model: DemoModel, out: Path, console: Console) -> None:
+    """More requests than fit on the device, preempted and resumed: are their tokens the same?"""
+    from pagedkv._demo_runs import find_divergence
+    from pagedkv._demo_swap import can_run, draw_timeline, run_all
+
+    if not can_run(model):
+        console.print("\nNo preemption: the engine of the demo runs Llamas only.")
+        return
+    with console.status("more requests than fit on the device"):
+        runs = run_all(model)
+    room, swap, _ = runs
+    console.print(
+        f"\n[bold]preemption[/bold] ({len(swap.prompts)} requests in {swap.num_blocks} blocks)"
+    )
+    total = sum(map(len, room.tokens))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("", "preempted", "swapped\nout", "swapped\nin", "tokens\nrecomputed", "seconds"):
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    for run in runs:
+        table.add_row(
+            run.title,
+            str(run.num_preemptions),
+            format_bytes(run.num_bytes("out")),
+            format_bytes(run.num_bytes("in")),
+            str(run.num_recomputed),
+            f"{run.seconds:.2f}",
+        )
+        if run.tokens == room.tokens:
+            if run is not room:
+                console.print(f"  With room and {run.title}: all {total} tokens equal.")
+            continue
+        for number, rows in enumerate(zip(run.prompts, room.tokens, run.tokens, strict=True)):
+            prompt, one, other = rows
+            found = find_divergence(model, _row(prompt), [one], [other])
+            if found:
+                console.print(
+                    f"  With room and {run.title} part in request {number + 1} at step "
+                    f"{found.step + 1}, where the two largest logits are {found.gap:.2g} apart.",
+                    style="yellow",
+                )
+    console.print(table)
+    draw_timeline(swap, out, model.name)
+    console.print(f"\nWhat was computed and copied when: {escape(str(out))}")
+
+
+def _row(tokens: list[int]) -> torch.Tensor:
+    import torch
+
+    return torch.tensor([tokens])
 
 
 def describe(divergence: Divergence, model: DemoModel) -> str:

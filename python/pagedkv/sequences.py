@@ -142,6 +142,10 @@ class Sequences:
         """
         return [] if self._transfers is None else self._tiers().poll()
 
+    def under_way(self) -> list[Transfer]:
+        """The transfers that were not seen to end yet, those of resume() among them."""
+        return [] if self._transfers is None else self._tiers().under_way()
+
     def ready(self, ids: Any) -> bool:
         """Whether all of these sequences can be in a step now. Never blocks."""
         manager = self._open_manager()

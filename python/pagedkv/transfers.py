@@ -21,6 +21,9 @@ class Transfer:
         id: the manager's number for it.
         direction: "out" of the device tier, or "in".
         num_bytes: that it copies; 0 if all was where it had to be.
+        begun: time.perf_counter() when it was submitted.
+        ended: time.perf_counter() when it was first seen to have ended, None before: by a poll, a
+            wait or a command, which can be later than its last copy.
         dropped: ids of the sequences that lost their blocks when it failed. `kv.resume()` takes
             them back to what is still a prefix hit.
     """
@@ -32,15 +35,15 @@ class Transfer:
         self.dropped: Sequence[int] = ()
         self._owner = owner
         self._error: KVError | None = None
-        self._ended = False
-        self._begun = time.perf_counter()
+        self.begun = time.perf_counter()
+        self.ended: float | None = None
 
     @property
     def done(self) -> bool:
         """Whether it has ended, well or not. Never blocks and never raises for a failed copy."""
-        if not self._ended:
+        if self.ended is None:
             self._owner.look()
-        return self._ended
+        return self.ended is not None
 
     @property
     def error(self) -> KVError | None:
@@ -52,7 +55,7 @@ class Transfer:
 
         Raises TransferError, once, if a copy failed or it was cancelled.
         """
-        if not self._ended:
+        if self.ended is None:
             self._owner.wait(self)
         self._owner.raise_error_of(self)
 
@@ -64,7 +67,7 @@ class Transfer:
         return self._owner.cancel(self)
 
     def __repr__(self) -> str:
-        state = "failed" if self._error else "done" if self._ended else "under way"
+        state = "failed" if self._error else "under way" if self.ended is None else "done"
         return f"<Transfer {self.id} {self.direction} num_bytes={self.num_bytes} {state}>"
 
 
@@ -110,6 +113,10 @@ class Transfers:
             ended.append(transfer)
         return ended
 
+    def under_way(self) -> list[Transfer]:
+        """What was not seen to end yet, in the order of submission."""
+        return list(self._under_way.values())
+
     def poll(self) -> list[Transfer]:
         """look(), then raise the error of a transfer that failed since, once."""
         ended = self.look()
@@ -122,22 +129,22 @@ class Transfers:
         if self.paused:
             raise InvalidState("a step is open: close it before waiting for a transfer")
         self.engine.wait(transfer.id)
-        while not transfer._ended:  # one look, but for events that the device was short of
+        while transfer.ended is None:  # one look, but for events that the device was short of
             self.look()
 
     def cancel(self, transfer: Transfer) -> bool:
         """Give a transfer up, if none of its copies has begun."""
-        if transfer._ended or not self.engine.cancel(transfer.id):
+        if transfer.ended is not None or not self.engine.cancel(transfer.id):
             return False
         self.look()
         return True
 
     def _end(self, transfer: Transfer, why: str | None) -> None:
         del self._under_way[transfer.id]
-        transfer._ended = True
+        transfer.ended = time.perf_counter()
         if why is None:
             self._manager.complete(transfer.id)
-            seconds = time.perf_counter() - transfer._begun
+            seconds = transfer.ended - transfer.begun
             rate = transfer.num_bytes / max(seconds, 1e-9)
             self.bandwidth[transfer.direction] = max(
                 rate, self.bandwidth.get(transfer.direction, 0.0)

@@ -82,8 +82,11 @@ def test_the_tiny_model_end_to_end(tmp_path: Path) -> None:
         _, after = run.stdout.split(f"\n{title} (", 1)
         report = after.split("\n\n", 1)[0]
         assert f"Dense and paged: all {tokens} tokens equal, in each of 3 rounds." in report
+    for way in ("swap", "recompute"):
+        assert f"With room and by {way}: all {8 * 48} tokens equal." in run.stdout
     assert "Traceback" not in run.stderr
     check_png(out)
+    check_png(tmp_path / "pagedkv-swap.png")
 
 
 def test_a_local_folder_without_tokenizer(tmp_path: Path) -> None:

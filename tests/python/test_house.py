@@ -56,7 +56,7 @@ FUNCTION_RATCHET = {
 }
 
 SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".py", ".pyi"}
-FOLDERS = ("csrc", "python", "tests", "bench")
+FOLDERS = ("csrc", "python", "tests", "bench", "examples")
 # Written in two halves, so that this file does not contain them.
 BANNED = ("TO" + "DO", "FIX" + "ME", "X" + "XX", "HA" + "CK")
 

@@ -5,7 +5,8 @@ It is registered as "pagedkv" and set on a model for single forwards only; see A
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -16,17 +17,12 @@ from pagedkv.errors import InvalidState
 ATTENTION = "pagedkv"
 
 
-class Mark(Protocol):
-    """Left on the keys that update() returns, as `keys.pagedkv_mark`: where the rest of them is."""
-
-    def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float | None,
-        softcap: float | None,
-    ) -> torch.Tensor: ...
+# Left on the keys that update() returns, as `keys.pagedkv_attend`, since the rest of the keys is in
+# blocks: (module, query, mask, scale, softcap) -> output.
+Attend = Callable[
+    [torch.nn.Module, torch.Tensor, "torch.Tensor | None", "float | None", "float | None"],
+    torch.Tensor,
+]
 
 
 def paged_attention_forward(
@@ -45,13 +41,13 @@ def paged_attention_forward(
 
     `key` and `value` are the new tokens' alone, and the cache has them already.
     """
-    mark: Mark | None = getattr(key, "pagedkv_mark", None)
-    if mark is None or dropout or s_aux is not None:
+    attend: Attend | None = getattr(key, "pagedkv_attend", None)
+    if attend is None or dropout or s_aux is not None:
         raise InvalidState(
             "this attention layer changes its keys after the cache's update(), or asks for dropout "
             "or attention sinks: make the cache with paged_attention=False"
         )
-    return mark.attend(module, query, attention_mask, scaling, softcap), None
+    return attend(module, query, attention_mask, scaling, softcap), None
 
 
 def attends_paged(model: Any) -> bool:

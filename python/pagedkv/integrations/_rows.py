@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.cache import KVCache
-from pagedkv.errors import InvalidSpec, InvalidState
+from pagedkv.errors import InvalidSpec, InvalidState, NotResident
 from pagedkv.step import Step
+from pagedkv.transfers import Transfer
 
 _Ids = NDArray[np.int64]
 _NONE: _Ids = np.empty(0, np.int64)
@@ -64,6 +65,7 @@ class Rows:
     def _forget(self) -> None:
         self.ids = _NONE
         self.length = 0
+        self.parked = False
         # Of rows made by start(): the prompt until it is computed, and how many tokens of each row
         # the manager knows. -1: the rows are anonymous, and never prefix hits.
         self._prompt: _Ids | None = None
@@ -86,6 +88,8 @@ class Rows:
         `input_ids` [batch, count], or None where unknown. All or nothing.
         """
         self.rollback()
+        if self.parked:
+            raise NotResident("the rows of this cache are parked in host memory: resume() first")
         before, made = self.ids, _NONE
         tokens = self._tokens(batch, count, input_ids)
         if not len(before):
@@ -180,10 +184,34 @@ class Rows:
         """The same rows once more, in the same blocks."""
         self.rollback()
         twin = Rows(self.kv)
+        twin.parked = self.parked
         twin.ids = np.array([self.kv.fork(int(row), 2)[1] for row in self.ids], np.int64)
         twin.length, twin._prompt = self.length, self._prompt
         twin._num_known, twin._reordered = self._num_known, self._reordered
         return twin
+
+    def park(self) -> Transfer:
+        """Move all rows to the host tier."""
+        self.rollback()
+        if self.parked:
+            raise InvalidState("the rows of this cache are parked already")
+        transfer = self.kv.swap_out(self.ids)
+        self.parked = len(self.ids) > 0
+        return transfer
+
+    def resume(self) -> int:
+        """Bring the rows back and wait for them; returns their length, the shortest that is left.
+
+        One whose copy failed holds only what is still a prefix hit.
+        """
+        if self.parked:
+            lengths = self.kv.resume(self.ids)
+            for transfer in self.kv.under_way():
+                if transfer.direction == "in":
+                    transfer.wait()
+            self.parked = False
+            self.truncate(int(lengths.min()))
+        return self.length
 
     def release(self) -> None:
         self.rollback()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,6 +29,7 @@ from pagedkv.integrations._attention import attends_paged
 from pagedkv.integrations._forward import AttentionSwitch, fold_rows, unfold_rows
 from pagedkv.integrations._rows import CacheStats, OpenStep, Rows
 from pagedkv.spec import KVSpec
+from pagedkv.transfers import Transfer
 from pagedkv.units import parse_bytes
 
 __all__ = ["CacheStats", "PagedCache", "attach"]
@@ -72,9 +74,8 @@ class PagedCache(Cache):
         self.kv = kv
         self._rows = Rows(kv)
         self._forward = _Forward()
-        self._owns_kv = False
-        self._paged_attention = paged_attention
-        self._marks = [_Mark(self, layer) for layer in range(kv.spec.num_layers)]
+        self._owns_kv, self._paged_attention = False, paged_attention
+        self._attends = [partial(self._attend, layer) for layer in range(kv.spec.num_layers)]
 
     @classmethod
     def for_model(
@@ -82,6 +83,7 @@ class PagedCache(Cache):
         model: Any,
         memory: str | int = "2GiB",
         *,
+        host_memory: str | int | None = None,
         block_size: int = 16,
         max_batch: int = 256,
         paged_attention: bool | None = None,
@@ -90,6 +92,7 @@ class PagedCache(Cache):
 
         Args:
             memory: for K and V, in bytes or like "2GiB". Touched only as far as it is used.
+            host_memory: likewise, for rows that are parked; by default there is none.
             paged_attention: by default, where the model dispatches its attention function.
 
         Raises InvalidSpec if the model has layers that a KVCache cannot hold.
@@ -100,6 +103,7 @@ class PagedCache(Cache):
             spec,
             device=str(model.device),
             device_memory=memory,
+            host_memory=host_memory,
             max_batch=max_batch,
             max_model_len=2 * max(num_tokens, 1),  # so that blocks run out, not lengths
             layout="layer_major",  # neighbouring blocks of a layer are one run of memory
@@ -139,7 +143,7 @@ class PagedCache(Cache):
         forward.next_layer += 1
         if forward.open_step.past:
             if forward.paged_attention:
-                key_states.pagedkv_mark = self._marks[layer_idx]  # type: ignore[attr-defined]
+                key_states.pagedkv_attend = self._attends[layer_idx]  # type: ignore[attr-defined]
                 forward.unread = layer_idx
             else:
                 key_states, value_states = kv.gather(layer_idx, step)
@@ -278,6 +282,20 @@ class PagedCache(Cache):
         with torch.no_grad():
             model(**inputs, use_cache=True)
 
+    def park(self) -> Transfer:
+        """Move all rows to host memory until resume(); their blocks are free at once.
+
+        Raises InvalidState without host_memory (see for_model()), OutOfBlocks if it is full.
+        """
+        return self._rows.park()
+
+    def resume(self) -> int:
+        """Bring parked rows back, and wait until they are there; generate() then goes on.
+
+        Returns the tokens per row: fewer than before if a copy failed. Raises OutOfBlocks.
+        """
+        return self._rows.resume()
+
     def fork(self) -> PagedCache:
         """A cache with the same rows, in the same blocks: both go on from here."""
         twin = PagedCache(self.kv, paged_attention=self._paged_attention)
@@ -362,24 +380,6 @@ class PagedCache(Cache):
             layer, tokens, step, scale=scale, softcap=softcap, attn_mask=mask
         )
         return output.view(batch, num_new, *output.shape[1:])
-
-
-class _Mark:
-    """What update() leaves on the keys that it returns: their cache and layer."""
-
-    def __init__(self, cache: PagedCache, layer: int) -> None:
-        self._cache = cache
-        self._layer = layer
-
-    def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        return self._cache._attend(self._layer, module, query, mask, scale, softcap)
 
 
 def _by_token(states: torch.Tensor) -> torch.Tensor:
