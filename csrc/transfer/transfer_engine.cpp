@@ -119,13 +119,11 @@ void TransferEngine::submit(const TransferPlan& plan) {
                        text(transfers_.back().id) + ": submit plans in their order, once");
   }
   Transfer transfer{plan.id, plan.target, State::queued, plan.wait_for, runs_of(plan), {}, {}, {}};
-  const Stream compute = compute_stream();
-  transfer.behind = device_->record(compute);
+  transfers_.push_back(std::move(transfer));
   try {
-    transfers_.push_back(std::move(transfer));
-  } catch (...) {
-    device_->recycle(transfer.behind);
-    throw;
+    transfers_.back().behind = device_->record(compute_stream());
+  } catch (const DeviceError& error) {  // it ends when those have that it waits for
+    make_void(transfers_.back(), error.what());
   }
   while (num_issued() < static_cast<std::size_t>(options_.max_in_flight) && issue_next()) {
   }

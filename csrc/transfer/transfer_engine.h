@@ -52,7 +52,7 @@ class TransferEngine {
   TransferEngine(const TransferEngine&) = delete;
   TransferEngine& operator=(const TransferEngine&) = delete;
 
-  // A DeviceError leaves the plan unsubmitted: abort() it.
+  // A device that refuses makes the transfer fail, which poll() tells like any other failure.
   void submit(const TransferPlan& plan);
   // Before a step's first work is queued: the caller's stream waits for these transfers, and for
   // the stream that it used before. A DeviceError means that it does not, so do not queue the step.

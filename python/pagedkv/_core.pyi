@@ -409,7 +409,7 @@ class TransferEngine(_Object):
         owner: object = None,
     ) -> None: ...
     def submit(self, plan: TransferPlan) -> None:
-        """Queue a plan behind all that the caller's stream was given. Raises DeviceError."""
+        """Queue a plan behind all that the caller's stream was given."""
     def step(self, plan: StepPlan) -> None:
         """Make the caller's stream wait for what a step has to wait for. Raises DeviceError."""
     def poll(self) -> list[tuple[int, str | None]]:

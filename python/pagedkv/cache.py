@@ -25,7 +25,7 @@ from pagedkv._core import (
     StepPlan,
     TransferEngine,
 )
-from pagedkv.errors import DeviceError, InvalidSpec, InvalidState
+from pagedkv.errors import ConcurrentUse, InvalidSpec, InvalidState, KVError
 from pagedkv.layout import DevicePool, Layout
 from pagedkv.preemption import CostModel, swap_or_recompute
 from pagedkv.sequences import Sequences
@@ -98,7 +98,7 @@ class KVCache(Sequences):
         memory = DevicePool.allocate(spec, num_device_blocks + 1, layout)
         self._layers = memory.layers
         self._pool = _pool(memory, machine, num_device_blocks + 1, spec.block_size)
-        if num_host_blocks:
+        if num_host_blocks or machine:  # a machine's compute streams need an order, too
             machine = machine or HostDevice()
             engine = TransferEngine(
                 machine, memory.block_runs, num_device_blocks, num_host_blocks, owner=memory
@@ -148,6 +148,7 @@ class KVCache(Sequences):
         device, InvalidState if `step` is not this cache's open one.
         """
         self._require(step)
+        self._look()  # so that the end of a transfer is seen about when it is
         slots, pools = step.plan.slots, self._pools(layer)
         for i, source in enumerate((k, v)):
             pool = pools[i]
@@ -267,17 +268,24 @@ class KVCache(Sequences):
         """
         if self._closed:
             return
-        if self._step is not None:
-            self._step.rollback()
-        self._closed = True
         try:
             if self._transfers is not None:
                 self._transfers.close()
+            if self._step is not None:
+                self._step.rollback()
             self._pool.synchronize()
-        finally:
-            self._transfers = None
-            self._layers = ()
-            self._workspaces = []
+        except ConcurrentUse:  # another thread is inside, and goes on: the cache stays open
+            raise
+        except BaseException:
+            self._forget()
+            raise
+        self._forget()
+
+    def _forget(self) -> None:
+        self._closed = True
+        self._transfers = None
+        self._layers = ()
+        self._workspaces = []
 
     def __enter__(self) -> KVCache:
         return self
@@ -299,7 +307,7 @@ def _close_all() -> None:
     for cache in list(_open_caches):
         try:
             cache.close()
-        except DeviceError:  # lost, or a forked child's, where nothing is under way
+        except KVError:  # lost, a forked child's, or in use by a thread that ends with us
             continue
 
 

@@ -93,8 +93,8 @@ class Sequences:
     # ---- tiers -----------------------------------------------------------------------------
 
     def _tiers(self) -> Transfers:
-        self._open_manager()
-        if self._transfers is None:
+        manager = self._open_manager()
+        if self._transfers is None or not manager.num_host_blocks:
             raise InvalidState(
                 "this cache has no host tier: give it host_memory or num_host_blocks"
             )
@@ -173,7 +173,7 @@ class Sequences:
         if mode not in ("auto", "swap", "recompute"):
             raise InvalidSpec(f'mode is {mode!r}, expected "auto", "swap" or "recompute"')
         manager = self._open_manager()
-        if mode == "auto" and self._transfers is not None:
+        if mode == "auto" and self._transfers is not None and manager.num_host_blocks:
             mode = self.cost_model(self._request(ids, self._transfers))
             if mode == "swap":
                 try:

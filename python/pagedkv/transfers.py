@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import TYPE_CHECKING
 
 from pagedkv._core import BlockManager, Device, StepPlan, TransferEngine, TransferPlan
@@ -35,15 +36,17 @@ class Transfer:
         self.dropped: Sequence[int] = ()
         self._owner = owner
         self._error: KVError | None = None
+        self._raised = False
+        self._done = False  # the manager knows
         self.begun = time.perf_counter()
         self.ended: float | None = None
 
     @property
     def done(self) -> bool:
         """Whether it has ended, well or not. Never blocks and never raises for a failed copy."""
-        if self.ended is None:
+        if not self._done:
             self._owner.look()
-        return self.ended is not None
+        return self._done
 
     @property
     def error(self) -> KVError | None:
@@ -53,21 +56,22 @@ class Transfer:
     def wait(self) -> None:
         """Block until it has ended.
 
-        Raises TransferError, once, if a copy failed or it was cancelled.
+        Raises TransferError, once, if it came to nothing: a copy of it, or of a transfer that it
+        needed, failed, it was cancelled, or the cache was closed.
         """
-        if self.ended is None:
+        if not self._done:
             self._owner.wait(self)
         self._owner.raise_error_of(self)
 
     def cancel(self) -> bool:
         """Give it up, if none of its copies has begun; False if it is too late for that.
 
-        It then ends as failed, its sequences are dropped, and nobody is told of an error.
+        It then ends as failed, its sequences are dropped, and only its own wait() says so.
         """
         return self._owner.cancel(self)
 
     def __repr__(self) -> str:
-        state = "failed" if self._error else "under way" if self.ended is None else "done"
+        state = "failed" if self._error else "done" if self._done else "under way"
         return f"<Transfer {self.id} {self.direction} num_bytes={self.num_bytes} {state}>"
 
 
@@ -82,20 +86,18 @@ class Transfers:
         self._manager = manager
         self._block_bytes = block_bytes
         self._under_way: dict[int, Transfer] = {}
-        self._failed: list[Transfer] = []  # whose error nobody has seen yet
+        self._failed: list[Transfer] = []  # that poll() has to tell of
+        self._told: deque[tuple[int, str | None]] = deque()  # by the engine, not to the manager yet
         self.paused = False  # while a step is open, the manager takes no ends
         # The most that was seen, in bytes per second and direction. What was seen includes the time
         # until somebody looked, so the most is nearest to the truth.
         self.bandwidth: dict[str, float] = {}
 
     def submit(self, plan: TransferPlan) -> Transfer:
-        """Start what the manager has planned. If the device refuses, it is as if it had failed."""
+        """Start what the manager has planned."""
+        self.engine.submit(plan)
         transfer = Transfer(self, plan, plan.num_copies * self._block_bytes)
         self._under_way[plan.id] = transfer
-        try:
-            self.engine.submit(plan)
-        except KVError as error:
-            self._end(transfer, str(error))
         return transfer
 
     def step(self, plan: StepPlan) -> None:
@@ -104,12 +106,17 @@ class Transfers:
 
     def look(self) -> list[Transfer]:
         """Tell the manager of all that has ended, and return it. Nobody is waited for."""
-        if not self._under_way or self.paused:
+        if not self._under_way:
             return []
-        ended = []
         for number, why in self.engine.poll():
+            self._under_way[number].ended = time.perf_counter()
+            self._told.append((number, why))
+        ended = []
+        while self._told and not self.paused:  # a manager that refuses is told again
+            number, why = self._told[0]
             transfer = self._under_way[number]
             self._end(transfer, why)
+            self._told.popleft()
             ended.append(transfer)
         return ended
 
@@ -129,27 +136,31 @@ class Transfers:
         if self.paused:
             raise InvalidState("a step is open: close it before waiting for a transfer")
         self.engine.wait(transfer.id)
-        while transfer.ended is None:  # one look, but for events that the device was short of
+        while not transfer._done:  # one look, but for events that the device was short of
             self.look()
 
     def cancel(self, transfer: Transfer) -> bool:
         """Give a transfer up, if none of its copies has begun."""
-        if transfer.ended is not None or not self.engine.cancel(transfer.id):
+        if transfer._done or not self.engine.cancel(transfer.id):
             return False
         self.look()
         return True
 
     def _end(self, transfer: Transfer, why: str | None) -> None:
-        del self._under_way[transfer.id]
-        transfer.ended = time.perf_counter()
         if why is None:
             self._manager.complete(transfer.id)
-            seconds = transfer.ended - transfer.begun
-            rate = transfer.num_bytes / max(seconds, 1e-9)
-            self.bandwidth[transfer.direction] = max(
-                rate, self.bandwidth.get(transfer.direction, 0.0)
-            )
-            return
+            self._measure(transfer)
+        else:
+            self._fail(transfer, why)
+        del self._under_way[transfer.id]
+        transfer._done = True
+
+    def _measure(self, transfer: Transfer) -> None:
+        assert transfer.ended is not None
+        rate = transfer.num_bytes / max(transfer.ended - transfer.begun, 1e-9)
+        self.bandwidth[transfer.direction] = max(rate, self.bandwidth.get(transfer.direction, 0.0))
+
+    def _fail(self, transfer: Transfer, why: str) -> None:
         aborted = self._manager.abort(transfer.id)
         transfer.dropped = tuple(aborted.sequences.tolist())
         transfer._error = TransferError(
@@ -164,13 +175,18 @@ class Transfers:
             self._failed.append(transfer)
 
     def raise_error_of(self, transfer: Transfer) -> None:
-        """Raise a failed transfer's error, unless it was raised before."""
+        """Raise a transfer's error, unless it was raised before."""
         if transfer in self._failed:
             self._failed.remove(transfer)
-            assert transfer._error is not None
+        if transfer._error is not None and not transfer._raised:
+            transfer._raised = True
             raise transfer._error
 
     def close(self) -> None:
         """Cancel what has not begun, and wait for the rest."""
         self.engine.close()
+        for transfer in self._under_way.values():
+            if transfer._error is None:
+                transfer._error = TransferError("the cache was closed before its end")
+            transfer._done = True
         self._under_way.clear()

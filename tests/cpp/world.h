@@ -114,13 +114,7 @@ class World {
     text.dropped = true;
   }
 
-  void submit(const TransferPlan& plan) {
-    try {
-      engine_->submit(plan);
-    } catch (const DeviceError&) {
-      end({plan.id, true, "refused"});
-    }
-  }
+  void submit(const TransferPlan& plan) { engine_->submit(plan); }
 
   void fetch(SequenceId id) {
     TransferPlan plan;

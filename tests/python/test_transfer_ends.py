@@ -1,0 +1,79 @@
+"""How transfers end for those who hold one: told once, lost never, and no loop left waiting."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import pagedkv as pk  # noqa: E402
+from world import World  # noqa: E402
+
+
+def test_wait_tells_of_a_cancelled_transfer_and_poll_does_not() -> None:
+    with World(device_blocks=40, host_blocks=40) as world:
+        ids = [world.admit([100 + n]) for n in range(12)]
+        last = [world.kv.swap_out([i]) for i in ids][-1]
+        assert last.cancel()
+        while world.kv.stats().num_transfers:
+            world.kv.poll()
+        with pytest.raises(pk.TransferError, match="cancelled"):
+            last.wait()
+        last.wait()
+
+
+def test_wait_tells_of_a_transfer_that_needed_one_that_failed() -> None:
+    with World() as world:
+        a = world.admit([1, 2, 3])
+        world.device.fail_copy()
+        out, back = world.kv.swap_out([a]), world.kv.swap_in([a])
+        with pytest.raises(pk.TransferError, match="void"):
+            back.wait()
+        with pytest.raises(pk.TransferError, match="failed half-way"):
+            world.kv.poll()
+        assert world.kv.poll() == []
+        out.wait()
+        world.kv.manager.verify()
+
+
+def test_an_end_that_the_manager_refuses_is_told_again() -> None:
+    """As a step is open on the manager itself, which the cache does not know of."""
+    with World(schedule="eager") as world:
+        a, b = world.admit([1, 2, 3]), world.create([9])
+        out = world.kv.swap_out([a])
+        plan = world.kv.manager.append([b], [9])
+        with pytest.raises(pk.InvalidState, match="step"):
+            world.kv.poll()
+        assert world.kv.stats().num_transfers == 1
+        world.kv.manager.rollback(plan)
+        assert world.kv.poll() == [out]
+        assert world.kv.stats().num_transfers == 0
+
+
+def test_close_ends_what_is_under_way_for_its_holders() -> None:
+    world = World()
+    out = world.kv.swap_out([world.admit([1, 2, 3])])
+    world.kv.close()
+    assert out.done
+    with pytest.raises(pk.TransferError, match="closed"):
+        out.wait()
+    assert world.device.violations == []
+    assert world.device.num_events == 0
+
+
+def test_a_close_that_is_refused_leaves_the_cache_open() -> None:
+    kv = pk.KVCache(pk.KVSpec(1, 1, 4, "float32", 2), num_device_blocks=4, num_host_blocks=4)
+    assert kv._transfers is not None
+    close = kv._transfers.close
+
+    def refuse() -> None:
+        raise pk.ConcurrentUse("another thread is inside")
+
+    kv._transfers.close = refuse  # type: ignore[method-assign]
+    with pytest.raises(pk.ConcurrentUse):
+        kv.close()
+    kv._transfers.close = close  # type: ignore[method-assign]
+    kv.release([kv.create([1])])
+    kv.close()
+    with pytest.raises(pk.InvalidState, match="closed"):
+        kv.create([1])
