@@ -10,6 +10,7 @@ import pytest
 
 import pagedkv as pk
 from hazard_world import World
+from pagedkv._core import HostDevice
 from pagedkv.testing import SimulatedDevice
 
 SPEC = pk.KVSpec(2, 1, 4, "float32", 2)
@@ -71,6 +72,19 @@ def test_a_lost_device() -> None:
     assert w.device.host_bytes == 0
 
 
+def test_cancel_before_and_after_the_copies_began() -> None:
+    with World(device_blocks=12, host_blocks=12) as w:
+        ids = [w.admit([n]) for n in range(10)]
+        transfers = [w.kv.swap_out([i]) for i in ids]
+        assert not transfers[0].cancel()
+        assert transfers[9].cancel()
+        assert transfers[9].dropped == (ids[9],)
+        while w.kv.stats().num_transfers:
+            w.kv.poll()  # raises nothing: it was asked for
+        assert w.kv.stats().host.num_active == 9
+        w.kv.manager.verify()
+
+
 def test_an_exception_in_the_callers_step() -> None:
     with World() as w:
         a = w.admit([1, 2, 3])
@@ -114,18 +128,22 @@ def test_an_unclosed_cache_is_collected_with_copies_in_flight() -> None:
 
 
 def test_a_forked_child_leaves_its_parents_copies_alone() -> None:
-    with World(device=None) as w:
+    with World(device=HostDevice()) as w:
         a = w.admit([1, 2, 3, 4, 5])
         transfer = w.kv.swap_out([a])
         child = os.fork()
         if child == 0:
-            os._exit(0)
+            try:
+                w.kv.swap_in([a]).wait()
+            except (pk.DeviceError, pk.TransferError):
+                os._exit(0)
+            os._exit(1)
         assert os.waitpid(child, 0)[1] == 0
         transfer.wait()
         w.overwrite()
         w.kv.swap_in([a]).wait()
         w.read(a)
-        assert w.all_problems() == []
+        assert w.problems == []
 
 
 def test_two_threads_at_once() -> None:
