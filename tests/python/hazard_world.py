@@ -163,8 +163,9 @@ class World:
 
     def truncate(self, i: int, length: int) -> None:
         self.kv.truncate([i], [length])
-        self.texts[i].cut(length)
-        self.texts[i].rest = []
+        if length < len(self.texts[i].tokens):
+            self.texts[i].cut(length)
+            self.texts[i].rest = []
 
     def release(self, *ids: int) -> None:
         self.kv.release(list(ids))
