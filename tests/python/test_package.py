@@ -219,3 +219,12 @@ def test_cuda_and_torch_see_the_same_devices() -> None:
     assert [d["name"] for d in cuda.devices()] == [
         torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
     ]
+
+
+def test_the_package_has_the_example_that_the_demo_runs() -> None:
+    """Where the package was built from this tree as it is; a later edit asks for a new install."""
+    found = importlib.util.find_spec("pagedkv._example_engine")
+    assert found is not None
+    assert found.origin is not None
+    source = Path(__file__).parents[2] / "examples" / "engine.py"
+    assert Path(found.origin).read_text() == source.read_text()
