@@ -36,6 +36,8 @@ from pagedkv.units import parse_bytes
 
 __all__ = ["KVCache"]
 
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
 
 class KVCache(Sequences):
     """A paged KV cache: `BlockManager` and the tensors that its blocks stand for.
@@ -105,7 +107,7 @@ class KVCache(Sequences):
             )
             self._transfers = Transfers(self.manager, engine, machine, spec.block_bytes)
         self._step: Step | None = None
-        self._workspaces: list[torch.Tensor] = []
+        self._workspaces: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         _open_caches.add(self)
 
     # ---- steps -----------------------------------------------------------------------------
@@ -189,7 +191,7 @@ class KVCache(Sequences):
         found = []
         for i, pool in enumerate(self._pools(layer)):
             shape = (len(num_tokens), pool.shape[2], width, pool.shape[3])
-            space = self._workspace(2 * part + i, math.prod(shape) * pool.element_size())
+            space = self._workspace(2 * part + i, shape, pool.dtype)
             self._pool.gather(
                 2 * layer + i,
                 block_tables,
@@ -199,7 +201,7 @@ class KVCache(Sequences):
                 width,
                 space.data_ptr(),
             )
-            found.append(space.view(pool.dtype).view(shape))
+            found.append(space)
         return found[0], found[1]
 
     def attention(
@@ -247,12 +249,16 @@ class KVCache(Sequences):
         """Bytes of the pool, the padding block among them."""
         return self.spec.pool_bytes(self.manager.num_device_blocks)
 
-    def _workspace(self, i: int, num_bytes: int) -> torch.Tensor:
-        while len(self._workspaces) <= i:
-            self._workspaces.append(torch.empty(0, dtype=torch.uint8))
-        if self._workspaces[i].numel() < num_bytes:
-            self._workspaces[i] = torch.empty(num_bytes + num_bytes // 4, dtype=torch.uint8)
-        return self._workspaces[i][:num_bytes]
+    def _workspace(self, i: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory to gather into, kept; the layers of a step mostly ask for the same view."""
+        memory, view = self._workspaces.get(i, (_NOTHING, _NOTHING))
+        if view.shape != shape or view.dtype != dtype:
+            num_bytes = math.prod(shape) * dtype.itemsize
+            if memory.nbytes < num_bytes:
+                memory = torch.empty(num_bytes + num_bytes // 4, dtype=torch.uint8)
+            view = memory[:num_bytes].view(dtype).view(shape)
+            self._workspaces[i] = memory, view
+        return view
 
     # ---- closing ---------------------------------------------------------------------------
 
@@ -285,7 +291,7 @@ class KVCache(Sequences):
         self._closed = True
         self._transfers = None
         self._layers = ()
-        self._workspaces = []
+        self._workspaces = {}
 
     def __enter__(self) -> KVCache:
         return self
