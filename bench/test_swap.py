@@ -116,9 +116,9 @@ def big(full: bool) -> Any:
     n = 256 if full else 8
     with KVCache(
         spec,
-        num_device_blocks=n + 8,
+        num_device_blocks=n + 16,
         num_host_blocks=n,
-        max_model_len=(n + 8) * spec.block_size,
+        max_model_len=(n + 16) * spec.block_size,
         max_batch=1,
     ) as kv:
         ids = kv.fork(kv.create(), 1)

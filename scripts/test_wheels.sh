@@ -14,7 +14,7 @@ say "sdist"
 "$PYTHON" -m build --sdist --outdir "$WORK/dist" . | tail -n 1
 tar -xzf "$WORK"/dist/*.tar.gz -C "$WORK/sdist" --strip-components 1
 strange=$(cd "$WORK/sdist" && find . -type f -path './*' |
-  grep -vE '^\./((csrc|cmake|python|tests|bench|scripts|docs)/|[^/]+$)' || :)
+  grep -vE '^\./((csrc|cmake|python|tests|bench|scripts|docs|examples)/|[^/]+$)' || :)
 [ -z "$strange" ] || die "the sdist has what it should not: $strange"
 
 for python in $(scripts/pythons.sh); do

@@ -213,7 +213,9 @@ void BlockManager::truncate(std::span<const SequenceId> ids,
   check_sizes(ids.size(), lengths.size(), "lengths");
   begin_batch(ids.size());
   for (std::size_t i = 0; i < ids.size(); ++i) {
-    const Sequence& sequence = sequences_[enter(ids[i], i)];
+    const std::uint32_t slot = enter(ids[i], i);
+    require_path(slot);
+    const Sequence& sequence = sequences_[slot];
     if (lengths[i] < 0 || lengths[i] > sequence.length) {
       throw InvalidSpec("lengths[" + std::to_string(i) + "] is " + std::to_string(lengths[i]) +
                         ", expected 0 to the sequence's length, " +
@@ -235,7 +237,7 @@ void BlockManager::truncate(std::span<const SequenceId> ids,
     sequence.length = length;
     sequence.known = std::min(sequence.known, length);
     sequence.cached = std::min(sequence.cached, length);
-    if (!wanted_.empty() && !sequence.dropped) wanted_.erase(sequences_.slot(ids[i]));
+    if (!wanted_.empty()) wanted_.erase(sequences_.slot(ids[i]));
   }
 }
 

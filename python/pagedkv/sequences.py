@@ -136,7 +136,7 @@ class Sequences:
         return transfers.submit(self.manager.fetch(id))
 
     def poll(self) -> list[Transfer]:
-        """The transfers that have ended since. Never blocks; commands look by themselves.
+        """The transfers that have ended since somebody looked, as most commands do. Never blocks.
 
         Raises TransferError for one that failed, once. Everything else has been seen to by then.
         """

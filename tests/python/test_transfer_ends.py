@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import pagedkv as pk  # noqa: E402
-from world import World  # noqa: E402
+from hazard_world import World  # noqa: E402
 
 
 def test_wait_tells_of_a_cancelled_transfer_and_poll_does_not() -> None:
