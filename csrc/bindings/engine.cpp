@@ -112,6 +112,12 @@ void bind_engine_class(py::module_& m) {
           "close",
           [](PyEngine& self) { enter_long(self, [](TransferEngine& engine) { engine.close(); }); },
           "Cancel what has not begun, wait for the rest, give the host tier back.")
+      .def(
+          "in_flight",
+          [](const PyEngine& self, std::int64_t transfer) {
+            return self.engine->in_flight(id_of(transfer));
+          },
+          py::arg("transfer"), "Whether poll() has still to tell its end.")
       .def_property_readonly("num_in_flight",
                              [](const PyEngine& self) { return self.engine->num_in_flight(); })
       .def_property_readonly("host_bytes",

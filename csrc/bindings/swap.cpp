@@ -108,6 +108,8 @@ void bind_transfer_plan(py::module_& m) {
   py::class_<Aborted> aborted(m, "Aborted", py::is_final(), "What abort() took along.");
   aborted.def_property_readonly("transfers", [](const Aborted& a) { return ids_of(a.transfers); });
   aborted.def_property_readonly("sequences", [](const Aborted& a) { return ids_of(a.sequences); });
+  aborted.def_property_readonly("waited_for",
+                                [](const Aborted& a) { return ids_of(a.waited_for); });
 }
 
 void bind_swap(py::class_<PyManager>& cls) {

@@ -202,7 +202,6 @@ class BlockManager {
   void write(const Entry& entry, const Token* tokens, std::int64_t at);
   void send_row(std::int32_t row, SequenceId id, Sequence& sequence);
   void keep(const Entry& entry, std::int32_t length);
-  void close_step();
 
   void verify_sequences(BlockTree::Ends& ends) const;
   void verify_transfers() const;

@@ -74,7 +74,9 @@ TransferPlan BlockManager::plan_paths(std::span<const NodeId> tips, Tier target,
   placed_.reserve(num_copies);
   TransferTable::Transfer& transfer = transfers_.open(target);
   plan.id = transfer.id;
-  const bool alone = transfers_.transfers().size() == 1;
+  const bool lands = std::ranges::any_of(transfers_.transfers(), [&](const auto& before) {
+    return before.target == target && !before.landings.empty();
+  });
   try {  // memory is taken before the first change
     transfer.landings.reserve(num_copies);
     transfer.wait_for.reserve(transfers_.transfers().size());
@@ -84,9 +86,11 @@ TransferPlan BlockManager::plan_paths(std::span<const NodeId> tips, Tier target,
     transfers_.close(plan.id);
     throw;
   }
-  for (const NodeId tip : tips) {
-    // What is there already may still be landing: then this transfer ends after that one.
-    for (NodeId node = tip; !alone && !tree_.is_root(node); node = tree_.node(node).parent) {
+  // What is there already may still be landing: then this transfer ends after that one.
+  tree_.begin_count();
+  for (const NodeId tip : lands ? tips : std::span<const NodeId>{}) {
+    for (NodeId node = tip; !tree_.is_root(node) && tree_.first_visit(node);
+         node = tree_.node(node).parent) {
       const BlockId block = tree_.block(node, target);
       if (block == BlockId::none) continue;
       const TransferId writer = transfers_.landing(target, block);
@@ -163,8 +167,9 @@ Aborted BlockManager::abort(TransferId id) {
     if (sequences_[slot].tip == NodeId::none) continue;
     if (std::ranges::find(failed, sequences_[slot].transfer) == failed.end()) continue;
     aborted.sequences.push_back(sequences_.id(slot));
-    drop_path(slot);
+    aborted.waited_for.push_back(sequences_[slot].transfer);
   }
+  for (const SequenceId sequence : aborted.sequences) drop_path(sequences_.slot(sequence));
   for (const TransferId t : failed) {
     TransferTable::Transfer& transfer = *transfers_.find(t);
     for (const auto& [node, block] : transfer.landings) {
@@ -208,6 +213,7 @@ void BlockManager::drop(std::span<const SequenceId> ids) {
 void BlockManager::drop_path(std::uint32_t slot) {
   Sequence& sequence = sequences_[slot];
   const std::int32_t size = num_blocks(sequence.length);
+  wanted_.erase(slot);
   const std::span<Token> tokens = want(slot, 0, static_cast<std::size_t>(sequence.known));
   NodeId node = sequence.tip;
   for (std::int32_t i = size; i-- > 0; node = tree_.node(node).parent) {
@@ -236,6 +242,13 @@ void BlockManager::restore(std::span<const SequenceId> ids) {
     throw InvalidState("ids[" + std::to_string(i) +
                        "] was not dropped, and has nothing to restore");
   }
+  for (const SequenceId id : ids) {  // memory first: what follows cannot fail
+    const std::uint32_t slot = sequences_.slot(id);
+    const auto wanted = wanted_.find(slot);
+    if (wanted == wanted_.end()) continue;
+    const auto size = static_cast<std::int32_t>(wanted->second.tokens.size());
+    SequenceTable::grow_row(sequences_[slot], num_blocks(size));
+  }
   for (const SequenceId id : ids) {
     const std::uint32_t slot = sequences_.slot(id);
     std::vector<Token> tokens;
@@ -243,7 +256,6 @@ void BlockManager::restore(std::span<const SequenceId> ids) {
       tokens = std::move(wanted->second.tokens);
       wanted_.erase(wanted);
     }
-    SequenceTable::grow_row(sequences_[slot], num_blocks(static_cast<std::int32_t>(tokens.size())));
     take_hit(slot, tokens, static_cast<std::int32_t>(tokens.size()));
     sequences_[slot].dropped = false;
   }

@@ -122,7 +122,8 @@ class BlockTree {
     std::int32_t blocks = 0;
     std::int32_t cached = 0;
   };
-  void begin_count() { ++mark_; }  // each node is counted once from here on
+  void begin_count() { ++mark_; }  // each node is counted, or visited, once from here on
+  bool first_visit(NodeId id) { return std::exchange(at(id).mark, mark_) != mark_; }
   void count_missing(NodeId id, Tier tier, Missing& missing);
   // ref() of each of `ids`, after giving a block, evicting for it if need be, to all nodes on their
   // paths that are not in this tier. Appends those to `placed`.

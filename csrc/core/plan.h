@@ -58,8 +58,9 @@ struct TransferPlan {
 
 // What abort() took along.
 struct Aborted {
-  std::vector<TransferId> transfers;  // that needed the aborted one, and are void
-  std::vector<SequenceId> sequences;  // that lost their path, and may be restored or released
+  std::vector<TransferId> transfers;   // that needed the aborted one, and are void
+  std::vector<SequenceId> sequences;   // that lost their path, and may be restored or released
+  std::vector<TransferId> waited_for;  // by each of these
 };
 
 struct PrefixHit {

@@ -65,7 +65,12 @@ Stream TransferEngine::compute_stream() {
   const Stream now = device_->compute_stream();
   if (has_compute_ && now != compute_) {
     const Event before = device_->record(compute_);
-    device_->fence(now, before, FenceSite::stream_after_stream);
+    try {
+      device_->fence(now, before, FenceSite::stream_after_stream);
+    } catch (...) {
+      device_->recycle(before);
+      throw;
+    }
     device_->recycle(before);
   }
   compute_ = now;
@@ -124,6 +129,9 @@ void TransferEngine::submit(const TransferPlan& plan) {
     transfers_.back().behind = device_->record(compute_stream());
   } catch (const DeviceError& error) {  // it ends when those have that it waits for
     make_void(transfers_.back(), error.what());
+  } catch (...) {
+    transfers_.pop_back();
+    throw;
   }
   while (num_issued() < static_cast<std::size_t>(options_.max_in_flight) && issue_next()) {
   }
@@ -157,9 +165,7 @@ void TransferEngine::issue(Transfer& transfer) {
   if (transfer.state == State::queued) {
     try {
       device_->fence(stream, transfer.behind, FenceSite::transfer_after_compute);
-      for (const TransferId id : transfer.wait_for) {
-        fence_behind(stream, id, FenceSite::transfer_after_transfer);
-      }
+      fence_behind(stream, transfer.wait_for, FenceSite::transfer_after_transfer);
       device_->copy(stream, transfer.runs);
     } catch (const DeviceError& error) {
       return make_void(transfer, error.what());
@@ -176,17 +182,35 @@ void TransferEngine::issue(Transfer& transfer) {
   transfer.state = State::issued;
 }
 
-// Makes a stream wait for the end of a transfer: of its copies or, if it has none, of what it waits
-// for itself.
-void TransferEngine::fence_behind(Stream stream, TransferId id, FenceSite site) {
-  const Transfer* transfer = find(id);
-  if (transfer == nullptr) return;
-  if (transfer->state == State::issued) {
-    if (this->stream(transfer->target) != stream) device_->fence(stream, transfer->end, site);
-    return;
+// The transfers in flight among `ids` and, for those without copies of their own, among what they
+// wait for, each once, the latest first.
+std::vector<const TransferEngine::Transfer*> TransferEngine::with_what_they_wait_for(
+    std::span<const TransferId> ids) const {
+  std::vector<TransferId> wanted(ids.begin(), ids.end());
+  std::vector<const Transfer*> found;
+  for (auto it = transfers_.rbegin(); it != transfers_.rend();
+       ++it) {  // who waits has the higher id
+    if (std::ranges::find(wanted, it->id) == wanted.end()) continue;
+    found.push_back(&*it);
+    if (it->state != State::void_) continue;
+    for (const TransferId before : it->wait_for) {
+      if (std::ranges::find(wanted, before) == wanted.end()) wanted.push_back(before);
+    }
   }
-  KV_CHECK(transfer->state == State::void_);
-  for (const TransferId before : transfer->wait_for) fence_behind(stream, before, site);
+  return found;
+}
+
+// Makes a stream wait for the ends of transfers. Of those on one stream the latest is enough.
+void TransferEngine::fence_behind(Stream stream, std::span<const TransferId> ids, FenceSite site) {
+  bool fenced[kNumTiers] = {};
+  for (const Transfer* transfer : with_what_they_wait_for(ids)) {
+    if (transfer->state == State::void_) continue;
+    KV_CHECK(transfer->state == State::issued);
+    bool& done = fenced[index(transfer->target)];
+    if (done || this->stream(transfer->target) == stream) continue;
+    device_->fence(stream, transfer->end, site);
+    done = true;
+  }
 }
 
 void TransferEngine::make_void(Transfer& transfer, const std::string& why) {
@@ -203,10 +227,8 @@ void TransferEngine::make_void(Transfer& transfer, const std::string& why) {
 void TransferEngine::step(std::span<const TransferId> wait_for) {
   check_open();
   const Stream compute = compute_stream();
-  for (const TransferId id : wait_for) {
-    issue_up_to(id);
-    fence_behind(compute, id, FenceSite::step_after_transfer);
-  }
+  for (const TransferId id : wait_for) issue_up_to(id);
+  fence_behind(compute, wait_for, FenceSite::step_after_transfer);
 }
 
 // -------------------------------------------------------------------------------------- ending
@@ -256,13 +278,9 @@ void TransferEngine::wait(TransferId id) {
   check_open();
   if (find(id) == nullptr) return;
   issue_up_to(id);
-  const Transfer& transfer = *find(id);
-  if (transfer.state == State::issued) {
-    await(transfer.end);
-    return;
+  for (const Transfer* transfer : with_what_they_wait_for({&id, 1})) {
+    if (transfer->state == State::issued) await(transfer->end);
   }
-  const std::vector<TransferId> before = transfer.wait_for;
-  for (const TransferId t : before) wait(t);
 }
 
 bool TransferEngine::cancel(TransferId id) {
@@ -285,6 +303,9 @@ void TransferEngine::close() {
     } catch (const DeviceError&) {  // lost: nothing is copied any more
     }
   }
+  const auto unknown = [](const Transfer& t) { return t.state == State::copying; };
+  if (std::ranges::any_of(transfers_, unknown))
+    device_->close();  // which alone knows when they end
   transfers_.clear();
   device_->free_host(std::exchange(host_, nullptr), host_bytes_);
 }

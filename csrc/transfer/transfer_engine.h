@@ -91,7 +91,8 @@ class TransferEngine {
   void issue_up_to(TransferId id);
   void issue(Transfer& transfer);
   Status await(Event event KV_SITE);
-  void fence_behind(Stream stream, TransferId id, FenceSite site);
+  void fence_behind(Stream stream, std::span<const TransferId> ids, FenceSite site);
+  std::vector<const Transfer*> with_what_they_wait_for(std::span<const TransferId> ids) const;
   void make_void(Transfer& transfer, const std::string& why);
   bool has_ended(Transfer& transfer, Ended& ended);
   void check_open() const;

@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 
     from pagedkv.cache import KVCache
     from pagedkv.integrations.transformers import PagedCache
+    from pagedkv.preemption import PreemptRequest
     from pagedkv.spec import KVSpec, LayerSpec
     from pagedkv.step import Step
+    from pagedkv.transfers import Transfer
 
 __all__ = [
     "BlockManager",
@@ -54,12 +56,14 @@ __all__ = [
     "NotResident",
     "OutOfBlocks",
     "PagedCache",
+    "PreemptRequest",
     "PrefixHit",
     "Snapshot",
     "Stats",
     "Step",
     "StepPlan",
     "TierStats",
+    "Transfer",
     "TransferError",
     "UnknownSequence",
     "__version__",
@@ -71,7 +75,9 @@ _LAZY = {
     "KVSpec": "pagedkv.spec",
     "LayerSpec": "pagedkv.spec",
     "PagedCache": "pagedkv.integrations.transformers",
+    "PreemptRequest": "pagedkv.preemption",
     "Step": "pagedkv.step",
+    "Transfer": "pagedkv.transfers",
 }
 
 

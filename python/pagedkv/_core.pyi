@@ -199,13 +199,16 @@ class Aborted(_Object):
     """What abort() took along, int64 ids each.
 
     `transfers` needed the aborted one and are void: nothing comes of them, but each still has to
-    end by complete() or abort(). `sequences` lost their path: restore() or release() them.
+    end by complete() or abort(). `sequences` lost their path: restore() or release() them; each
+    waited for the transfer in `waited_for`.
     """
 
     @property
     def transfers(self) -> _Int64: ...
     @property
     def sequences(self) -> _Int64: ...
+    @property
+    def waited_for(self) -> _Int64: ...
 
 @final
 class BlockManager(_Object):
@@ -420,6 +423,8 @@ class TransferEngine(_Object):
         """False: its copies have begun, or ended."""
     def close(self) -> None:
         """Cancel what has not begun, wait for the rest, give the host tier back."""
+    def in_flight(self, transfer: int) -> bool:
+        """Whether poll() has still to tell its end."""
     @property
     def num_in_flight(self) -> int: ...
     @property

@@ -116,7 +116,8 @@ class KVCache(Sequences):
         """Open a step of `counts[b]` (default 1) new tokens for each of `ids`, all or nothing.
 
         The copies of copy-on-write are queued when it returns, and all that follows comes after the
-        transfers that the blocks have to wait for. Use it as a context manager, or
+        transfers that the blocks have to wait for. Write every layer: committed full blocks are
+        prefix hits, whatever is in them. Use it as a context manager, or
         close it with its commit() or rollback(). See BlockManager.append for the arguments.
         """
         self._look()
@@ -154,6 +155,9 @@ class KVCache(Sequences):
         slots, pools = step.plan.slots, self._pools(layer)
         for i, source in enumerate((k, v)):
             pool = pools[i]
+            if not isinstance(source, torch.Tensor) or not source.is_floating_point():
+                kind = getattr(source, "dtype", type(source).__name__)
+                raise InvalidSpec(f"{'kv'[i]} is {kind}, expected a tensor of floats")
             if source.shape != (len(slots), *pool.shape[2:]) or source.device != pool.device:
                 raise InvalidSpec(
                     f"{'kv'[i]} is {list(source.shape)} on {source.device}, expected "

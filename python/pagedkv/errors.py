@@ -1,6 +1,7 @@
 """The errors of pagedkv.
 
-After any of them but `BrokenInvariant` the manager is exactly as it was before the call.
+After any of them but `TransferError`, which costs sequences their blocks, and `BrokenInvariant` the
+manager is exactly as it was before the call.
 """
 
 from __future__ import annotations

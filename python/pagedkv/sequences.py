@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,10 @@ class Sequences:
     def __init__(
         self, spec: KVSpec, manager: BlockManager, prefill_rate: float | None, cost_model: CostModel
     ) -> None:
+        if prefill_rate is not None and not prefill_rate > 0:
+            raise InvalidSpec(f"prefill_rate is {prefill_rate}, expected tokens per second, over 0")
+        if not callable(cost_model):
+            raise InvalidSpec(f"cost_model is {cost_model!r}, expected a function")
         self.spec = spec
         self.manager = manager
         self.prefill_rate = prefill_rate
@@ -77,6 +81,22 @@ class Sequences:
     def clear(self, salt: bytes | str | None = None) -> None:
         """No cached block of this salt (default: of any) is a hit any more."""
         self._open_manager().clear(salt)
+
+    def block_table(self, id: int) -> NDArray[np.int32]:
+        """The sequence's blocks, int32. Raises NotResident if they are not on the device."""
+        return self.manager.block_table(id)
+
+    def tier(self, id: int) -> Literal["device", "host"]:
+        """Where the sequence lives."""
+        return self.manager.tier(id)
+
+    def is_dropped(self, id: int) -> bool:
+        """Whether the sequence gave up its blocks, or lost them, and waits for resume()."""
+        return self.manager.is_dropped(id)
+
+    def verify(self) -> None:
+        """Recompute every count from scratch; raises BrokenInvariant on a difference."""
+        self.manager.verify()
 
     def num_needed(self, ids: Any, counts: Any = None) -> int:
         """Blocks that a step would take."""
@@ -140,11 +160,12 @@ class Sequences:
 
         Raises TransferError for one that failed, once. Everything else has been seen to by then.
         """
-        return [] if self._transfers is None else self._tiers().poll()
+        self._open_manager()
+        return [] if self._transfers is None else self._transfers.poll()
 
     def under_way(self) -> list[Transfer]:
         """The transfers that were not seen to end yet, those of resume() among them."""
-        return [] if self._transfers is None else self._tiers().under_way()
+        return [] if self._transfers is None else self._transfers.under_way()
 
     def ready(self, ids: Any) -> bool:
         """Whether all of these sequences can be in a step now. Never blocks."""
@@ -157,6 +178,16 @@ class Sequences:
             for i in map(int, ids)
         )
 
+    def wait(self, ids: Any) -> None:
+        """Block until the transfers that these sequences wait for have ended.
+
+        Raises TransferError, once, for one that failed; then some are dropped.
+        """
+        manager = self._open_manager()
+        for i in map(int, ids):
+            while self._transfers and (number := manager.waits_for(i)) is not None:
+                self._transfers.numbered(number).wait()
+
     def preempt(self, ids: Any, mode: PreemptMode = "auto") -> Transfer | None:
         """Make room: move sequences to the host tier, or give up what they hold.
 
@@ -166,7 +197,8 @@ class Sequences:
                 rest is to be prefilled again. "auto" asks the cost model (see
                 `pagedkv.preemption`), and recomputes where the host tier is full or missing.
 
-        Returns the transfer of a swap, None if they are to be recomputed.
+        Returns the transfer of a swap, None if they are to be recomputed. What was made without
+        tokens holds nothing after that.
 
         Raises OutOfBlocks if mode is "swap" and the host tier is full.
         """
@@ -175,6 +207,8 @@ class Sequences:
         manager = self._open_manager()
         if mode == "auto" and self._transfers is not None and manager.num_host_blocks:
             mode = self.cost_model(self._request(ids, self._transfers))
+            if mode not in ("swap", "recompute"):
+                raise InvalidSpec(f'cost_model said {mode!r}, expected "swap" or "recompute"')
             if mode == "swap":
                 try:
                     return self.swap_out(ids)
@@ -206,12 +240,14 @@ class Sequences:
         manager = self._open_manager()
         self._look()
         numbers = [int(i) for i in ids]
+        if len(set(numbers)) < len(numbers):
+            raise InvalidSpec("ids repeats a sequence: each may appear once in a call")
         away = [i for i in numbers if manager.tier(i) == "host"]
         dropped = [i for i in numbers if manager.is_dropped(i)]
         if away:
             self.swap_in(np.array(away, np.int64))
         manager.restore(np.array(dropped, np.int64))
-        for i in dropped if self._transfers is not None else []:
+        for i in dropped if manager.num_host_blocks else []:
             try:
                 self.fetch(i)
             except OutOfBlocks:  # then it is computed again

@@ -95,9 +95,14 @@ class Transfers:
 
     def submit(self, plan: TransferPlan) -> Transfer:
         """Start what the manager has planned."""
-        self.engine.submit(plan)
         transfer = Transfer(self, plan, plan.num_copies * self._block_bytes)
         self._under_way[plan.id] = transfer
+        try:
+            self.engine.submit(plan)
+        except BaseException as error:  # an interrupt among them: the manager waits for an end
+            if not self.engine.in_flight(plan.id):
+                self._hear(plan.id, f"it was not submitted, {error!r}")
+            raise
         return transfer
 
     def step(self, plan: StepPlan) -> None:
@@ -109,8 +114,7 @@ class Transfers:
         if not self._under_way:
             return []
         for number, why in self.engine.poll():
-            self._under_way[number].ended = time.perf_counter()
-            self._told.append((number, why))
+            self._hear(number, why)
         ended = []
         while self._told and not self.paused:  # a manager that refuses is told again
             number, why = self._told[0]
@@ -119,6 +123,14 @@ class Transfers:
             self._told.popleft()
             ended.append(transfer)
         return ended
+
+    def _hear(self, number: int, why: str | None) -> None:
+        self._told.append((number, why))
+        self._under_way[number].ended = time.perf_counter()
+
+    def numbered(self, number: int) -> Transfer:
+        """The transfer under way with this id."""
+        return self._under_way[number]
 
     def under_way(self) -> list[Transfer]:
         """What was not seen to end yet, in the order of submission."""
@@ -156,21 +168,29 @@ class Transfers:
         transfer._done = True
 
     def _measure(self, transfer: Transfer) -> None:
+        if not transfer.num_bytes or transfer._error is not None:
+            return  # nothing was copied, or nothing came of it
         assert transfer.ended is not None
         rate = transfer.num_bytes / max(transfer.ended - transfer.begun, 1e-9)
         self.bandwidth[transfer.direction] = max(rate, self.bandwidth.get(transfer.direction, 0.0))
 
     def _fail(self, transfer: Transfer, why: str) -> None:
         aborted = self._manager.abort(transfer.id)
-        transfer.dropped = tuple(aborted.sequences.tolist())
+        lost: dict[int, list[int]] = {}
+        for i, number in zip(aborted.sequences.tolist(), aborted.waited_for.tolist(), strict=True):
+            lost.setdefault(number, []).append(i)
+        transfer.dropped = tuple(lost.get(transfer.id, ()))
         transfer._error = TransferError(
             f"transfer {transfer.id} failed: {why}. {len(transfer.dropped)} sequences lost their "
             "blocks: resume() takes them back to what is still a prefix hit, or release() them"
         )
-        for dependent in aborted.transfers.tolist():
-            self._under_way[dependent]._error = TransferError(
-                f"transfer {dependent} is void: transfer {transfer.id}, which it needed, failed"
+        for number in aborted.transfers.tolist():
+            dependent = self._under_way[number]
+            dependent.dropped = tuple(lost.get(number, ()))
+            dependent._error = TransferError(
+                f"transfer {number} is void: transfer {transfer.id}, which it needed, failed"
             )
+            self._failed.append(dependent)
         if why != "cancelled":
             self._failed.append(transfer)
 

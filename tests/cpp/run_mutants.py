@@ -20,7 +20,7 @@ CALL = re.compile(
     r"tree_\.(?:ref|unref|publish)\("
     r"|transfers_\.(?:wait_for|claim|read|write|land)\("
     r"|(?:TransferTable::|\b)add\((?:transfer\.|transfers,)"
-    r"|\b(?:land|wait_for|await)\((?:tier|transfer|transfers)[.,]"
+    r"|\b(?:land|wait_for|await)\((?:tier|transfer|transfers)(?:[.,]|->)"
 )
 DEFINITION = re.compile(r"^(?:void|Status) \w+::")
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.cache import KVCache
-from pagedkv.errors import InvalidSpec, InvalidState, NotResident
+from pagedkv.errors import InvalidSpec, InvalidState, NotResident, TransferError
 from pagedkv.step import Step
 from pagedkv.transfers import Transfer
 
@@ -205,12 +205,16 @@ class Rows:
         One whose copy failed holds only what is still a prefix hit.
         """
         if self.parked:
-            lengths = self.kv.resume(self.ids)
-            for transfer in self.kv.under_way():
-                if transfer.direction == "in":
-                    transfer.wait()
+            manager = self.kv.manager
+            self.kv.resume(self.ids)
+            while not self.kv.ready(self.ids):
+                try:
+                    self.kv.wait(self.ids)
+                except TransferError:
+                    lost = [i for i in self.ids.tolist() if manager.is_dropped(i)]
+                    manager.restore(np.array(lost, np.int64))
             self.parked = False
-            self.truncate(int(lengths.min()))
+            self.truncate(min(self.kv.length(i) for i in self.ids.tolist()))
         return self.length
 
     def release(self) -> None:
@@ -260,7 +264,8 @@ class Rows:
 
     def stats(self) -> CacheStats:
         manager = self.kv.manager
-        tables = [manager.block_table(int(row)) for row in self.ids]
+        rows = [] if self.parked else self.ids.tolist()  # parked ones hold nothing here
+        tables = [manager.block_table(row) for row in rows]
         _, counts = np.unique(np.concatenate([*tables, np.empty(0, np.int32)]), return_counts=True)
         stats = manager.stats()
         block_bytes = self.kv.spec.block_bytes
