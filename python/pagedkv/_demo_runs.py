@@ -13,7 +13,7 @@ from transformers import DynamicCache, LogitsProcessor
 from pagedkv._demo_model import DemoModel, ModelUnavailable
 from pagedkv.integrations.transformers import PagedCache
 
-NEW_TOKENS = 48
+NEW_TOKENS = 40
 MEMORY = "1GiB"  # of which only what is used is touched
 SEED = 4
 
