@@ -16,7 +16,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,12 +160,12 @@ def download(scratch: Path, console: Console) -> Path:
 
 
 def _largest_file(folder: Path) -> int:
+    """Bytes of the largest file below, of which pip may take any away at any time."""
     sizes = [0]
-    for path in folder.rglob("*"):
-        try:
-            sizes.append(path.stat().st_size)
-        except OSError:  # pip has moved it on
-            continue
+    for place, _, files in os.walk(folder):  # which passes over a folder that has gone
+        for file in files:
+            with suppress(OSError):
+                sizes.append(os.path.getsize(os.path.join(place, file)))
     return max(sizes)
 
 
