@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # test_programs.sh [SEEDS=100000]: random programs over core, transfers and the simulated device,
 # then the same with one fence, or one call that holds, drops, publishes or waits, left out at a
-# time: each has to be noticed.
+# time: each has to be noticed. Then 2,000 through KVCache.
 source "$(dirname "$0")/lib.sh"
 
 need cmake ninja
@@ -15,3 +15,5 @@ say "random programs"
 time "$build/tests/cpp/kv_programs" --seeds "${1:-100000}"
 say "mutants"
 "$PYTHON" tests/cpp/run_mutants.py "$build/tests/cpp/kv_mutants"
+say "random programs through KVCache"
+"$PYTHON" -m pytest -q tests/python/test_programs.py --runs 2000
