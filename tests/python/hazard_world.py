@@ -14,10 +14,12 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
+import pytest
 
-import pagedkv as pk
-from pagedkv.testing import SimulatedDevice
+torch = pytest.importorskip("torch")
+
+import pagedkv as pk  # noqa: E402
+from pagedkv.testing import SimulatedDevice  # noqa: E402
 
 NUM_LAYERS = 2
 LAYOUTS = ("block_major", "layer_major")

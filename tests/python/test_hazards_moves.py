@@ -7,11 +7,12 @@ import random
 from typing import Any
 
 import pytest
-import torch
 
-import pagedkv as pk
-from hazard_world import NUM_LAYERS, World, holds
-from pagedkv.testing import SimulatedDevice
+torch = pytest.importorskip("torch")
+
+import pagedkv as pk  # noqa: E402
+from hazard_world import NUM_LAYERS, World, holds  # noqa: E402
+from pagedkv.testing import SimulatedDevice  # noqa: E402
 
 COMPUTE = "transfer_after_compute"
 STEP = "step_after_transfer"
