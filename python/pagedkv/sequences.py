@@ -171,12 +171,7 @@ class Sequences:
         """Whether all of these sequences can be in a step now. Never blocks."""
         manager = self._open_manager()
         self._look()
-        return all(
-            manager.tier(i) == "device"
-            and manager.waits_for(i) is None
-            and not manager.is_dropped(i)
-            for i in map(int, ids)
-        )
+        return all(manager.is_resident(i) for i in map(int, ids))
 
     def wait(self, ids: Any) -> None:
         """Block until the transfers that these sequences wait for have ended.
