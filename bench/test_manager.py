@@ -272,7 +272,7 @@ def test_metadata(full: bool, measure: Measure, benchmark: Any) -> None:
 
 
 def test_resident(full: bool, measure: Measure, benchmark: Any) -> None:
-    size = 1_000_000 if full else 20_000
+    size = 1_000_000 if full else 100_000
     command = [sys.executable, str(Path(__file__).parent / "resident.py"), str(size)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     benchmark.extra_info["value"] = float(run.stdout)
