@@ -1,0 +1,69 @@
+// The calls of CUDA's runtime that this folder makes, and no others: so that all but the calls
+// themselves is tested on machines without a GPU, against a runtime that keeps CUDA's order and no
+// more. Nothing here needs CUDA's headers.
+//
+// Every call returns CUDA's error code, 0 for success. Calls work on the current device of the
+// calling thread, except where a stream or an event names its own.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace pagedkv {
+
+// CUDA's own handles, which torch and others pass as integers.
+using CudaStream = struct CUstream_st*;
+using CudaEvent = struct CUevent_st*;
+
+struct CopyBlocks;  // kernels.h has these
+struct ScatterKv;
+struct GatherKv;
+struct TransferBlocks;
+
+class CudaRuntime {
+ public:
+  virtual ~CudaRuntime() = default;
+
+  virtual std::string error_text(int code) = 0;  // CUDA's name and words
+  virtual void clear_error() = 0;                // nobody else shall find a failure of ours
+
+  virtual int get_device(int* device) = 0;
+  virtual int set_device(int device) = 0;
+  virtual int memory_info(std::size_t* free, std::size_t* total) = 0;
+
+  virtual int create_stream(
+      CudaStream* stream) = 0;  // one that the legacy stream does not wait for
+  virtual int destroy_stream(CudaStream stream) = 0;
+  virtual int synchronize(CudaStream stream) = 0;
+  virtual int device_of(CudaStream stream, int* device) = 0;
+  virtual int is_capturing(CudaStream stream, bool* capturing) = 0;
+
+  virtual int create_event(CudaEvent* event) = 0;  // without timing
+  virtual int destroy_event(CudaEvent event) = 0;
+  virtual int record(CudaEvent event, CudaStream stream) = 0;
+  virtual int wait(CudaStream stream, CudaEvent event) = 0;
+  virtual int query(CudaEvent event) = 0;  // kNotReady while pending
+  virtual int synchronize(CudaEvent event) = 0;
+
+  virtual int copy(void* target, const void* source, std::size_t bytes, CudaStream stream) = 0;
+  // Copies without an order among themselves. Not on a legacy or per-thread default stream.
+  virtual bool has_copy_batch() = 0;
+  virtual int copy_batch(void* const* targets, const void* const* sources, const std::size_t* bytes,
+                         std::size_t count, CudaStream stream) = 0;
+
+  virtual int allocate(void** memory, std::size_t bytes) = 0;  // on the device
+  virtual int free(void* memory) = 0;
+  virtual int register_host(void* memory, std::size_t bytes) = 0;  // page-locked, for all devices
+  virtual int unregister_host(void* memory) = 0;
+
+  virtual int launch(const CopyBlocks& kernel, CudaStream stream) = 0;
+  virtual int launch(const ScatterKv& kernel, CudaStream stream) = 0;
+  virtual int launch(const GatherKv& kernel, CudaStream stream) = 0;
+  virtual int launch(const TransferBlocks& kernel, CudaStream stream) = 0;
+
+  static constexpr int kSuccess = 0;
+  static constexpr int kNotReady = 600;  // cudaErrorNotReady
+};
+
+}  // namespace pagedkv
