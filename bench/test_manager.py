@@ -243,6 +243,28 @@ def test_eviction(measure: Measure, full: bool, name: str, size: int) -> None:
     m.verify()
 
 
+@pytest.mark.parametrize("depth", [500, 4000])
+def test_eviction_of_a_branching_trunk(measure: Measure, full: bool, depth: int) -> None:
+    """Tree search: a path that grew a leaf at every depth, all given up, evicted one by one."""
+    name = f"evict one of a trunk, a leaf at {depth} depths"
+    depth = depth if full else depth // 100
+    m = BlockManager(2 * depth + 1, block_size=1, max_model_len=2 * depth)
+    trunk = m.create([])
+    m.commit(m.append([trunk], tokens(depth, 1), counts=[depth]))
+    for at in range(depth, 0, -1):
+        leaf = m.fork(trunk, 2)[1:]
+        m.truncate(leaf, [at])
+        m.commit(m.append(leaf, [50_000 + at]))
+        m.truncate(leaf, [at])
+        m.release(leaf)
+    m.truncate([trunk], [0])
+    last, more = np.array([m.create([], salt="other")]), np.array([1])
+    m.commit(m.append(last, more))
+    measure(name, lambda: m.commit(m.append(last, more)), rounds=depth // 2, iterations=2)
+    assert m.stats().num_evicted_blocks > 0
+    m.verify()
+
+
 def test_counts_only(measure: Measure, num_blocks: int) -> None:
     m = BlockManager(num_blocks)
     counts = np.array([256 * BLOCK_SIZE])

@@ -204,7 +204,6 @@ void BlockTree::ref(NodeId id, Tier tier KV_SITE_PARAMETER) {
 void BlockTree::unref(NodeId id, Tier tier, Leave leave KV_SITE_PARAMETER) {
   KV_MUTABLE();
   const std::size_t t = index(tier);
-  NodeId behind = NodeId::none;  // a child of `id`, which must not go after it
   for (;;) {
     Node& n = at(id);
     KV_CHECK(n.live && n.place[t].count > 0);
@@ -216,32 +215,27 @@ void BlockTree::unref(NodeId id, Tier tier, Leave leave KV_SITE_PARAMETER) {
       if (n.place[index(other(tier))].block == BlockId::none) free_node(id);
     } else if (leave != Leave::cold) {
       orders_[t].push_hot(id);
+    } else if (n.place[t].first_child == NodeId::none) {
+      orders_[t].push_cold(id);
     } else {
-      if (behind == NodeId::none) behind = n.place[t].first_child;
-      if (behind == NodeId::none) {
-        orders_[t].push_cold(id);
-      } else {
-        orders_[t].push_behind(id, behind);
-      }
-      behind = id;
+      orders_[t].push_waiting(id);
     }
     id = parent;
   }
 }
 
 void BlockTree::evict_one(Tier tier) {
-  // The coldest leaf goes. A parent that comes up before its children waits right behind one of
-  // them: each such move is paid for by the child that is evicted before the parent's next turn.
+  // The coldest leaf goes. A parent that comes up before its children leaves the line, which its
+  // entry has paid for, and is the coldest once the last of them has gone.
   EvictionOrder& order = orders_[index(tier)];
-  KV_CHECK(order.size() > 0);
   NodeId id = order.coldest();
-  for (NodeId child; (child = node(id).place[index(tier)].first_child) != NodeId::none;) {
+  while (id != NodeId::none && node(id).place[index(tier)].first_child != NodeId::none) {
     order.remove(id);
-    order.push_behind(id, child);
+    order.push_waiting(id);
     id = order.coldest();
   }
-  if (order.size() > 1) {  // the next to go, most likely
-    const NodeId next = order.hotter(id);
+  KV_CHECK(id != NodeId::none);
+  if (const NodeId next = order.hotter(id); next != NodeId::none) {  // the next to go, most likely
     index_.prefetch(node(next).hash);
     __builtin_prefetch(&nodes_[index(next)]);
   }
@@ -288,6 +282,11 @@ void BlockTree::unlink_child(NodeId id, Tier tier) {
   }
   if (own.next_sibling != NodeId::none) {
     at(own.next_sibling).place[t].prev_sibling = own.prev_sibling;
+  }
+  const NodeId above = node(id).parent;
+  if (parent.first_child == NodeId::none && orders_[t].waits(above)) {
+    orders_[t].remove(above);
+    orders_[t].push_cold(above);
   }
 }
 

@@ -71,13 +71,13 @@ void BlockTree::verify_tier(Tier tier, const std::vector<std::int32_t>& ends) co
   }
   KV_CHECK(std::accumulate(used.begin(), used.end(), 0) == pools_[t].num_blocks());
 
-  std::int32_t num_cached = 0;
-  for (NodeId id = order.coldest(); id >= NodeId{0}; id = order.hotter(id)) {
-    KV_CHECK(++num_cached <= order.size());
+  std::int32_t num_in_line = 0;
+  for (NodeId id = order.coldest(); id != NodeId::none; id = order.hotter(id)) {
+    KV_CHECK(++num_in_line <= order.size() && !order.waits(id));
     KV_CHECK(node(id).live && node(id).published && node(id).place[t].count == 0);
     KV_CHECK(node(id).place[t].block != BlockId::none);
   }
-  KV_CHECK(num_cached == order.size());
+  std::int32_t num_waiting = 0;
 
   for (std::size_t i = 0; i < nodes_.size(); ++i) {
     const NodeId id{static_cast<std::int32_t>(i)};
@@ -94,7 +94,11 @@ void BlockTree::verify_tier(Tier tier, const std::vector<std::int32_t>& ends) co
     KV_CHECK(place.count == 0 || place.block != BlockId::none);
     if (place.block == BlockId::none || place.count > 0) continue;
     KV_CHECK(nodes_[i].published && order.contains(id));
+    if (!order.waits(id)) continue;
+    KV_CHECK(children > 0);
+    ++num_waiting;
   }
+  KV_CHECK(num_in_line + num_waiting == order.size());
 }
 
 }  // namespace pagedkv

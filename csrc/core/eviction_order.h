@@ -1,4 +1,5 @@
-// The cached nodes of one tier, from the coldest (evicted first) to the hottest.
+// The cached nodes of one tier, from the coldest (evicted first) to the hottest; and those that
+// wait outside the line, because they have children there that must go before them.
 #pragma once
 
 #include <vector>
@@ -17,21 +18,28 @@ class EvictionOrder {
     if (links_.size() < num_nodes + 1) links_.resize(num_nodes + 1);
   }
 
-  std::int32_t size() const { return size_; }
-  NodeId coldest() const { return NodeId{links_[0].hotter - 1}; }
+  std::int32_t size() const { return size_; }                      // those that wait among them
+  NodeId coldest() const { return NodeId{links_[0].hotter - 1}; }  // none: nobody is in line
   NodeId hotter(NodeId node) const { return NodeId{link(node).hotter - 1}; }
   bool contains(NodeId node) const { return link(node).hotter != kOut; }
+  bool waits(NodeId node) const { return link(node).hotter == kWaits; }
 
   void push_hot(NodeId node) { insert(at(node), links_[0].colder); }
   void push_cold(NodeId node) { insert(at(node), 0); }
-  void push_behind(NodeId node, NodeId colder) { insert(at(node), at(colder)); }
+  void push_waiting(NodeId node) {
+    Link& link = links_[static_cast<std::size_t>(at(node))];
+    KV_CHECK(link.hotter == kOut);
+    link.hotter = kWaits;
+    ++size_;
+  }
 
   void remove(NodeId node) {
-    const Index i = at(node);
-    Link& link = links_[static_cast<std::size_t>(i)];
+    Link& link = links_[static_cast<std::size_t>(at(node))];
     KV_CHECK(link.hotter != kOut);
-    links_[static_cast<std::size_t>(link.colder)].hotter = link.hotter;
-    links_[static_cast<std::size_t>(link.hotter)].colder = link.colder;
+    if (link.hotter != kWaits) {
+      links_[static_cast<std::size_t>(link.colder)].hotter = link.hotter;
+      links_[static_cast<std::size_t>(link.hotter)].colder = link.colder;
+    }
     link = Link{kOut, kOut};
     --size_;
   }
@@ -42,6 +50,7 @@ class EvictionOrder {
   // Entry 0 closes the ring: hotter of it is the coldest node. Node n has entry n + 1.
   using Index = std::int32_t;
   static constexpr Index kOut = -1;
+  static constexpr Index kWaits = -2;
   struct Link {
     Index colder = kOut;
     Index hotter = kOut;

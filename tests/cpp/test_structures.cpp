@@ -39,7 +39,8 @@ TEST_CASE("the eviction order goes from cold to hot") {
   order.push_hot(NodeId{1});
   order.push_hot(NodeId{2});
   order.push_cold(NodeId{3});
-  order.push_behind(NodeId{4}, NodeId{1});
+  order.push_hot(NodeId{4});
+  order.push_waiting(NodeId{5});
   const auto read = [&order] {
     std::vector<int> nodes;
     for (NodeId id = order.coldest(); id >= NodeId{0}; id = order.hotter(id)) {
@@ -47,11 +48,15 @@ TEST_CASE("the eviction order goes from cold to hot") {
     }
     return nodes;
   };
-  CHECK(read() == std::vector{3, 1, 4, 2});
+  CHECK(read() == std::vector{3, 1, 2, 4});
   order.remove(NodeId{1});
-  CHECK(read() == std::vector{3, 4, 2});
-  CHECK(order.size() == 3);
+  CHECK(read() == std::vector{3, 2, 4});
+  CHECK(order.size() == 4);
   CHECK(!order.contains(NodeId{1}));
+  CHECK((order.waits(NodeId{5}) && order.contains(NodeId{5}) && !order.waits(NodeId{4})));
+  CHECK_THROWS_AS(order.push_hot(NodeId{5}), BrokenInvariant);
+  order.remove(NodeId{5});
+  CHECK((read() == std::vector{3, 2, 4} && order.size() == 3));
   CHECK_THROWS_AS(order.remove(NodeId{1}), BrokenInvariant);
   CHECK_THROWS_AS(order.push_hot(NodeId{4}), BrokenInvariant);
 }

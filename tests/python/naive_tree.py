@@ -48,6 +48,7 @@ class NaiveTree:
         self.roots: dict[bytes, Node] = {}
         self.nodes: list[Node] = []
         self.cached: list[Node] = []  # those that nobody needs, the coldest first
+        self.waiting: list[Node] = []  # those of them that go as soon as their last child has gone
         self.pins: list[Node] = []  # copy sources of the open step, once for each copy
         self.num_evicted = self.num_merged = 0
 
@@ -69,31 +70,39 @@ class NaiveTree:
     def hold(self, tip: Node) -> None:
         """Take a path that a sequence has just joined out of what may be evicted."""
         self.cached = [node for node in self.cached if node not in tip.path()]
+        self.waiting = [node for node in self.waiting if node in self.cached]
 
     def leave(self, node: Node, *, hot: bool) -> None:
         """What nobody needs any more, from a node that was just left upwards."""
-        behind = None
         while node.parent is not None and self.holders(node) == 0:
             if not node.published:
                 self.nodes.remove(node)
             elif hot:
                 self.cached.append(node)
             else:
-                behind = behind or (node.children[-1] if node.children else None)
-                self.cached.insert(self.cached.index(behind) + 1 if behind else 0, node)
-                behind = node
+                self.cached.insert(0, node)
+                if node.children:
+                    self.waiting.append(node)
             node = node.parent
 
     def unpublish(self, node: Node) -> None:
-        assert node.parent is not None
-        node.parent.children.remove(node)
+        parent = node.parent
+        assert parent is not None
+        parent.children.remove(node)
         node.published = False
+        if parent in self.waiting and not parent.children:
+            self.waiting.remove(parent)
+            self.cached.remove(parent)
+            self.cached.insert(0, parent)
 
     def evict(self) -> None:
-        coldest_leaf = next(node for node in self.cached if not node.children)
-        self.unpublish(coldest_leaf)
-        self.cached.remove(coldest_leaf)
-        self.nodes.remove(coldest_leaf)
+        leaf = next(node for node in self.cached if not node.children)
+        for colder in self.cached[: self.cached.index(leaf)]:
+            if colder not in self.waiting:
+                self.waiting.append(colder)
+        self.cached.remove(leaf)
+        self.nodes.remove(leaf)
+        self.unpublish(leaf)
         self.num_evicted += 1
 
     def free(self) -> int:
@@ -105,6 +114,7 @@ class NaiveTree:
     def verify(self) -> None:
         active = self.active()
         assert active.isdisjoint(self.cached)
+        assert all(node in self.cached and node.children for node in self.waiting)
         assert active | set(self.cached) == set(self.nodes)
         assert len(self.nodes) == len(set(self.nodes)) <= self.num_blocks
         for node in self.nodes:
@@ -170,6 +180,7 @@ class NaiveTree:
         if node in self.cached:
             self.cached.remove(node)
             self.nodes.remove(node)
+            self.waiting = [other for other in self.waiting if other is not node]
 
 
 def common_run(a: Sequence[int | None], b: Sequence[int | None]) -> int:

@@ -276,6 +276,23 @@ def test_rule_06_what_is_abandoned_goes_before_what_is_released(how: str) -> Non
     assert (hit(m, [1, 6]), hit(m, [3, 4])) == (1, 2)
 
 
+def test_rule_06_a_parent_that_was_given_up_goes_right_after_its_last_child() -> None:
+    """A trunk with two leaves is given up, in turn with a request that ended before."""
+    m = pk.BlockManager(5, block_size=1)
+    m.release([admit(m, [8, 9])])
+    a, b = m.fork(admit(m, [1]), 2)
+    m.commit(m.append([a, b], [5, 6]))
+    m.release([b])  # [1, 6] is the hottest of all
+    m.truncate([a], [0])  # [1, 5] is the coldest, and [1] waits for both
+    c = m.create([], salt="other")
+    found = []
+    for _ in range(5):
+        m.commit(m.append([c], [7]))
+        found.append((hit(m, [8, 9]), hit(m, [1, 5]), hit(m, [1, 6])))
+        m.verify()
+    assert found == [(2, 1, 2), (1, 1, 2), (0, 1, 2), (0, 1, 1), (0, 0, 0)]
+
+
 def test_rule_06_long_paths_need_no_stack() -> None:
     """A path of 60,000 blocks is released, evicted and cleared."""
     m = pk.BlockManager(60_000, block_size=1, max_batch=2)
