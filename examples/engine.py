@@ -10,6 +10,7 @@ preemption. One step computes all of them, so there is one path for prefill, dec
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,10 +167,13 @@ def main() -> None:
     spec = pk.KVSpec.from_config(model.network.config, dtype=str(model.network.dtype))
     blocks = {"num_device_blocks": args.device_blocks, "num_host_blocks": args.host_blocks}
     with pk.KVCache(spec, **blocks) as kv:
-        engine = Engine(model.network, kv, args.mode)
-        for new in engine.run(prompts(model), args.new_tokens):
-            print("-", " ".join(model.decode(new).split()))
+        engine, begin = Engine(model.network, kv, args.mode), time.perf_counter()
+        found = engine.run(prompts(model), args.new_tokens)
+        rate = sum(map(len, found)) / (time.perf_counter() - begin)
+    for new in found:
+        print("-", " ".join(model.decode(new).split()))
     print(f"{engine.num_preemptions} preemptions, {engine.num_recomputed} tokens computed again")
+    print(f"{rate:.0f} tokens per second")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ py::list poll(PyEngine& self) {
   py::list all;
   for (const auto& ended : enter(self, [](TransferEngine& engine) { return engine.poll(); })) {
     all.append(py::make_tuple(static_cast<std::int64_t>(ended.id),
-                              ended.failed ? py::object(py::str(ended.why)) : py::none()));
+                              ended.failed ? py::object(py::str(ended.why)) : py::none(),
+                              ended.seconds));
   }
   return all;
 }
@@ -95,7 +96,8 @@ void bind_engine_class(py::module_& m) {
           py::arg("plan"), "Queue a plan behind all that the caller's stream was given.")
       .def("step", &step, py::arg("plan"),
            "Make the caller's stream wait for what a step has to wait for.")
-      .def("poll", &poll, "What has ended since: (id, why it failed or None) of each.")
+      .def("poll", &poll,
+           "What has ended since: (id, why it failed or None, seconds that it copied) of each.")
       .def(
           "wait",
           [](PyEngine& self, std::int64_t transfer) {

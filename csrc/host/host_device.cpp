@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -22,11 +23,20 @@ namespace pagedkv {
 
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr Stream kCompute{0};
 
 struct EventState {
   Status status = Status::pending;
+  Clock::time_point ended = {};
   std::string failure = {};
+
+  void end(std::string why) {
+    status = why.empty() ? Status::done : Status::failed;
+    failure = std::move(why);
+    ended = Clock::now();
+  }
 };
 
 enum class Kind { copy, fence, record };
@@ -89,6 +99,7 @@ class HostDevice::Workers {
   const std::shared_ptr<EventState>& find(Event event) const;
   void recycle(Event event) { KV_CHECK(events_.erase(event) == 1); }
   std::string failure(Event event);
+  double seconds_between(Event first, Event second);
 
   bool closed() const { return closed_; }
   std::int64_t num_host_waits() const { return num_host_waits_; }
@@ -209,10 +220,7 @@ void HostDevice::Workers::advance() {
         Work& work = queue.pending.front();
         if (work.kind == Kind::copy && work.unfinished_bytes > 0) break;
         if (work.kind == Kind::fence && work.event->status == Status::pending) break;
-        if (work.kind == Kind::record) {
-          work.event->status = queue.failure.empty() ? Status::done : Status::failed;
-          work.event->failure = std::exchange(queue.failure, {});
-        }
+        if (work.kind == Kind::record) work.event->end(std::exchange(queue.failure, {}));
       }
     }
   }
@@ -255,8 +263,7 @@ Event HostDevice::Workers::record(Stream stream) {
   const auto place = events_.emplace(handle, event).first;
   try {
     if (stream == kCompute) {
-      event->status = compute_failure_.empty() ? Status::done : Status::failed;
-      event->failure = std::exchange(compute_failure_, {});
+      event->end(std::exchange(compute_failure_, {}));
     } else {
       enqueue(stream, {.kind = Kind::record, .event = event});
     }
@@ -302,6 +309,13 @@ std::string HostDevice::Workers::failure(Event event) {
   const EventState& state = *find(event);
   const std::lock_guard lock(mutex_);
   return state.failure;
+}
+
+double HostDevice::Workers::seconds_between(Event first, Event second) {
+  const EventState& from = *find(first);
+  const EventState& to = *find(second);
+  const std::lock_guard lock(mutex_);
+  return std::chrono::duration<double>(to.ended - from.ended).count();
 }
 
 // --- The device
@@ -353,6 +367,10 @@ Status HostDevice::wait(Event event) {
 std::string HostDevice::failure(Event event) { return open().failure(event); }
 
 void HostDevice::recycle(Event event) { open().recycle(event); }
+
+double HostDevice::seconds_between(Event first, Event second) {
+  return open().seconds_between(first, second);
+}
 
 std::byte* HostDevice::allocate_host(std::size_t bytes) {
   open();

@@ -41,6 +41,7 @@ class HostDevice final : public Device {
   Status wait(Event event) override;
   std::string failure(Event event) override;
   void recycle(Event event) override;
+  double seconds_between(Event first, Event second) override;
   std::byte* allocate_host(std::size_t bytes) override;
   void free_host(std::byte* memory, std::size_t bytes) override;
   void close() override;

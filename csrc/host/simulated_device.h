@@ -61,6 +61,7 @@ class SimulatedDevice final : public Device {
   Status wait(Event event) override;
   std::string failure(Event event) override;
   void recycle(Event event) override;
+  double seconds_between(Event, Event) override { return 0; }
   std::byte* allocate_host(std::size_t bytes) override;
   void free_host(std::byte* memory, std::size_t bytes) override;
   void close() override;

@@ -73,6 +73,9 @@ class Device {
   virtual Status wait(Event event) = 0;          // blocks the host; never says pending
   virtual std::string failure(Event event) = 0;  // why it failed
   virtual void recycle(Event event) = 0;         // fences that name it stay in force
+  // From the end of one event to that of a later one of its stream, both ended and not failed.
+  // 0: this machine has no clock.
+  virtual double seconds_between(Event first, Event second) = 0;
 
   // Memory of the host tier, zeroed, aligned for any copy. Throws DeviceError if there is none.
   virtual std::byte* allocate_host(std::size_t bytes) = 0;

@@ -123,7 +123,8 @@ void TransferEngine::submit(const TransferPlan& plan) {
     throw InvalidState("transfer " + text(plan.id) + " comes after transfer " +
                        text(transfers_.back().id) + ": submit plans in their order, once");
   }
-  Transfer transfer{plan.id, plan.target, State::queued, plan.wait_for, runs_of(plan), {}, {}, {}};
+  Transfer transfer{plan.id, plan.target, State::queued, plan.wait_for, runs_of(plan), {}, {},
+                    {},      {}};
   transfers_.push_back(std::move(transfer));
   try {
     transfers_.back().behind = device_->record(compute_stream());
@@ -166,20 +167,29 @@ void TransferEngine::issue(Transfer& transfer) {
     try {
       device_->fence(stream, transfer.behind, FenceSite::transfer_after_compute);
       fence_behind(stream, transfer.wait_for, FenceSite::transfer_after_transfer);
+      transfer.begin = record_if_possible(stream);
       device_->copy(stream, transfer.runs);
     } catch (const DeviceError& error) {
       return make_void(transfer, error.what());
     }
     transfer.state = State::copying;
     num_runs_ += static_cast<std::int64_t>(transfer.runs.size());
-    device_->recycle(std::exchange(transfer.behind, Event::none));
+    recycle(transfer.behind);
   }
+  transfer.end = record_if_possible(stream);
+  if (transfer.end == Event::none && transfer.begin != Event::none) {
+    recycle(transfer.begin);  // its end matters more than its time
+    transfer.end = record_if_possible(stream);
+  }
+  if (transfer.end != Event::none) transfer.state = State::issued;
+}
+
+Event TransferEngine::record_if_possible(Stream stream) {
   try {
-    transfer.end = device_->record(stream);
+    return device_->record(stream);
   } catch (const DeviceError&) {
-    return;
+    return Event::none;
   }
-  transfer.state = State::issued;
 }
 
 // The transfers in flight among `ids` and, for those without copies of their own, among what they
@@ -216,10 +226,15 @@ void TransferEngine::fence_behind(Stream stream, std::span<const TransferId> ids
 void TransferEngine::make_void(Transfer& transfer, const std::string& why) {
   transfer.state = State::void_;
   transfer.why = why;
-  if (transfer.behind == Event::none) return;
-  const Event behind = std::exchange(transfer.behind, Event::none);
+  recycle(transfer.behind);
+  recycle(transfer.begin);
+}
+
+void TransferEngine::recycle(Event& event) {
+  const Event old = std::exchange(event, Event::none);
+  if (old == Event::none) return;
   try {
-    device_->recycle(behind);
+    device_->recycle(old);
   } catch (const DeviceError&) {  // lost, and its events with it
   }
 }
@@ -236,18 +251,23 @@ void TransferEngine::step(std::span<const TransferId> wait_for) {
 bool TransferEngine::has_ended(Transfer& transfer, Ended& ended) {
   const auto in_flight = [this](TransferId id) { return find(id) != nullptr; };
   if (std::ranges::any_of(transfer.wait_for, in_flight)) return false;
-  ended = {transfer.id, true, transfer.why};
+  ended = {transfer.id, true, transfer.why, 0};
   if (transfer.state == State::void_) return true;
   if (transfer.state != State::issued) return false;
   try {
     const Status status = device_->poll(transfer.end);
     if (status == Status::pending) return false;
     ended.failed = status == Status::failed;
-    if (ended.failed) ended.why = device_->failure(transfer.end);
-    device_->recycle(transfer.end);
+    if (ended.failed) {
+      ended.why = device_->failure(transfer.end);
+    } else if (transfer.begin != Event::none) {
+      ended.seconds = device_->seconds_between(transfer.begin, transfer.end);
+    }
   } catch (const DeviceError& error) {  // a device that is lost touches nothing any more
-    ended = {transfer.id, true, error.what()};
+    ended = {transfer.id, true, error.what(), 0};
   }
+  recycle(transfer.begin);
+  recycle(transfer.end);
   return true;
 }
 
@@ -299,9 +319,10 @@ void TransferEngine::close() {
       if (transfer.state == State::copying) issue(transfer);
       if (transfer.state != State::issued) continue;
       await(transfer.end);
-      device_->recycle(transfer.end);
     } catch (const DeviceError&) {  // lost: nothing is copied any more
     }
+    recycle(transfer.begin);
+    recycle(transfer.end);
   }
   const auto unknown = [](const Transfer& t) { return t.state == State::copying; };
   if (std::ranges::any_of(transfers_, unknown))

@@ -41,8 +41,9 @@ class TransferEngine {
  public:
   struct Ended {
     TransferId id;
-    bool failed;      // or cancelled
-    std::string why;  // if so
+    bool failed;         // or cancelled
+    std::string why;     // if so
+    double seconds = 0;  // that its copies took; 0 where nobody measured
   };
 
   // Allocates the host tier. Throws DeviceError if its memory cannot be had.
@@ -78,6 +79,7 @@ class TransferEngine {
     std::vector<TransferId> wait_for;
     std::vector<CopyRun> runs;
     Event behind;  // of the caller's stream at submission; none once issued
+    Event begin;   // of its copies; none where the device has no event to spare
     Event end;     // once issued
     std::string why;
   };
@@ -90,10 +92,12 @@ class TransferEngine {
   bool issue_next();
   void issue_up_to(TransferId id);
   void issue(Transfer& transfer);
+  Event record_if_possible(Stream stream);
   Status await(Event event KV_SITE);
   void fence_behind(Stream stream, std::span<const TransferId> ids, FenceSite site);
   std::vector<const Transfer*> with_what_they_wait_for(std::span<const TransferId> ids) const;
   void make_void(Transfer& transfer, const std::string& why);
+  void recycle(Event& event);
   bool has_ended(Transfer& transfer, Ended& ended);
   void check_open() const;
 

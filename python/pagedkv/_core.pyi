@@ -415,8 +415,11 @@ class TransferEngine(_Object):
         """Queue a plan behind all that the caller's stream was given."""
     def step(self, plan: StepPlan) -> None:
         """Make the caller's stream wait for what a step has to wait for. Raises DeviceError."""
-    def poll(self) -> list[tuple[int, str | None]]:
-        """What has ended since: (id, why it failed or None). Never blocks."""
+    def poll(self) -> list[tuple[int, str | None, float]]:
+        """What has ended since: (id, why it failed or None, seconds that its copies took).
+
+        Never blocks. 0 seconds: nobody measured.
+        """
     def wait(self, transfer: int) -> None:
         """Block until a transfer has ended, which poll() tells."""
     def cancel(self, transfer: int) -> bool:

@@ -117,7 +117,9 @@ def draw_timeline(run: EngineRun, out: Path, model: str) -> None:
         lane = axes[1 if transfer.direction == "out" else 2]
         assert transfer.ended is not None
         at, took = transfer.begun - start, transfer.ended - transfer.begun
-        lane.broken_barh([(at, took)], (n + 0.1, 0.8), facecolor=colours(n), edgecolor=colours(n))
+        lane.broken_barh([(at, took)], (n + 0.1, 0.8), facecolor=colours(n), alpha=0.3)
+        copying = [(at, transfer.seconds or took)]
+        lane.broken_barh(copying, (n + 0.1, 0.8), facecolor=colours(n), edgecolor=colours(n))
     for lane, name in zip(axes, ("computing", "copies out", "copies in"), strict=True):
         lane.set_ylabel(name)
         lane.set(ylim=(count, 0), yticks=[i + 0.5 for i in range(count)])
@@ -126,7 +128,7 @@ def draw_timeline(run: EngineRun, out: Path, model: str) -> None:
         lane.spines[["top", "right"]].set_visible(False)
         lane.grid(axis="x", color="#e5e7eb", linewidth=0.6)
         lane.set_axisbelow(True)
-    axes[-1].set_xlabel("seconds. A copy's bar ends when the engine next looked, after its end.")
+    axes[-1].set_xlabel("seconds. Full: what its copies took. Pale: until the engine looked.")
     figure.suptitle(
         f"{count} requests on a device that holds {_NUM_FITTING}: {run.num_preemptions} preempted, "
         f"swapped out and in again. Model: {model}.",

@@ -19,8 +19,8 @@ class PreemptRequest:
         num_bytes: K and V that they alone hold on the device: what a swap copies, out and in again,
             at most.
         num_tokens: in these blocks: what recomputing them prefills again, at least.
-        out_bandwidth, in_bandwidth: bytes per second, the most that was measured on this cache;
-            None before the first transfer in that direction has ended.
+        out_bandwidth, in_bandwidth: bytes per second of the copies on this cache so far; None
+            before the first transfer in that direction has ended.
         prefill_rate: tokens per second that the model prefills, as the caller says; None if unsaid.
     """
 

@@ -219,8 +219,8 @@ class Sequences:
         return PreemptRequest(
             num_bytes=num_blocks * self.spec.block_bytes,
             num_tokens=num_blocks * self.spec.block_size,
-            out_bandwidth=transfers.bandwidth.get("out"),
-            in_bandwidth=transfers.bandwidth.get("in"),
+            out_bandwidth=transfers.bandwidth("out"),
+            in_bandwidth=transfers.bandwidth("in"),
             prefill_rate=self.prefill_rate,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pagedkv._core import BlockManager, Device, StepPlan, TransferEngine, TransferPlan
 from pagedkv.errors import InvalidState, KVError, TransferError
@@ -25,6 +25,8 @@ class Transfer:
         begun: time.perf_counter() when it was submitted.
         ended: time.perf_counter() when it was first seen to have ended, None before: by a poll, a
             wait or a command, which can be later than its last copy.
+        seconds: that its copies took, by the device's own clock; None before it has ended, if it
+            failed, and on a device without a clock.
         dropped: ids of the sequences that lost their blocks when it failed. `kv.resume()` takes
             them back to what is still a prefix hit.
     """
@@ -40,6 +42,7 @@ class Transfer:
         self._done = False  # the manager knows
         self.begun = time.perf_counter()
         self.ended: float | None = None
+        self.seconds: float | None = None
 
     @property
     def done(self) -> bool:
@@ -89,9 +92,7 @@ class Transfers:
         self._failed: list[Transfer] = []  # that poll() has to tell of
         self._told: deque[tuple[int, str | None]] = deque()  # by the engine, not to the manager yet
         self.paused = False  # while a step is open, the manager takes no ends
-        # The most that was seen, in bytes per second and direction. What was seen includes the time
-        # until somebody looked, so the most is nearest to the truth.
-        self.bandwidth: dict[str, float] = {}
+        self._copied: dict[str, tuple[int, float]] = {}  # direction -> bytes and seconds, in all
 
     def submit(self, plan: TransferPlan) -> Transfer:
         """Start what the manager has planned."""
@@ -113,8 +114,8 @@ class Transfers:
         """Tell the manager of all that has ended, and return it. Nobody is waited for."""
         if not self._under_way:
             return []
-        for number, why in self.engine.poll():
-            self._hear(number, why)
+        for number, why, seconds in self.engine.poll():
+            self._hear(number, why, seconds)
         ended = []
         while self._told and not self.paused:  # a manager that refuses is told again
             number, why = self._told[0]
@@ -124,9 +125,11 @@ class Transfers:
             ended.append(transfer)
         return ended
 
-    def _hear(self, number: int, why: str | None) -> None:
+    def _hear(self, number: int, why: str | None, seconds: float = 0.0) -> None:
         self._told.append((number, why))
-        self._under_way[number].ended = time.perf_counter()
+        transfer = self._under_way[number]
+        transfer.ended = time.perf_counter()
+        transfer.seconds = seconds or None
 
     def numbered(self, number: int) -> Transfer:
         """The transfer under way with this id."""
@@ -171,8 +174,19 @@ class Transfers:
         if not transfer.num_bytes or transfer._error is not None:
             return  # nothing was copied, or nothing came of it
         assert transfer.ended is not None
-        rate = transfer.num_bytes / max(transfer.ended - transfer.begun, 1e-9)
-        self.bandwidth[transfer.direction] = max(rate, self.bandwidth.get(transfer.direction, 0.0))
+        seconds = transfer.seconds or transfer.ended - transfer.begun
+        num_bytes, total = self._copied.get(transfer.direction, (0, 1e-9))
+        self._copied[transfer.direction] = num_bytes + transfer.num_bytes, total + seconds
+
+    def bandwidth(self, direction: Literal["out", "in"]) -> float | None:
+        """Bytes per second of all copies so far; None before the first.
+
+        On a device without a clock, the time until somebody looked counts with the copies.
+        """
+        if direction not in self._copied:
+            return None
+        num_bytes, seconds = self._copied[direction]
+        return num_bytes / seconds
 
     def _fail(self, transfer: Transfer, why: str) -> None:
         aborted = self._manager.abort(transfer.id)

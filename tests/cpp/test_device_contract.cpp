@@ -253,6 +253,22 @@ TEST_CASE_TEMPLATE("polling ends, waiting for what has ended does not block", F,
   });
 }
 
+TEST_CASE_TEMPLATE("a clock, if there is one, runs forward along a stream", F, KV_MACHINES) {
+  for_each_seed<F>([](auto& bench, Device& device) {
+    const Stream stream = device.make_stream();
+    const Event first = device.record(stream);
+    bench.copy(stream, bench.host(0), bench.host(1));
+    const Event second = device.record(stream);
+    device.wait(second);
+    device.poll(first);
+    CHECK(device.seconds_between(first, first) == 0);
+    CHECK(device.seconds_between(first, second) >= 0);
+    CHECK(device.seconds_between(first, second) < 100);
+    device.recycle(first);
+    device.recycle(second);
+  });
+}
+
 TEST_CASE_TEMPLATE("events may outnumber anything else", F, KV_MACHINES) {
   for_each_seed<F>([](auto& bench, Device& device) {
     const Stream one = device.make_stream(), two = device.make_stream();

@@ -53,7 +53,7 @@ def test_hazard_31_an_event_is_recycled_while_somebody_waits_for_it() -> None:
             w.overwrite()
             w.kv.swap_in([a]).wait()
             w.step({a: [n]} if n < 3 else {}, check=True)
-            assert w.device.num_events < 12
+            assert w.device.num_events <= 16  # two of each transfer, at most 8 in flight
 
     holds(scenario, without="step_after_transfer")
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from typing import Literal
+
 import pytest
 
 torch = pytest.importorskip("torch")
 
 import pagedkv as pk  # noqa: E402
 from hazard_world import World  # noqa: E402
+from pagedkv.preemption import PreemptRequest  # noqa: E402
 
 
 def test_wait_tells_of_a_cancelled_transfer_and_poll_does_not() -> None:
@@ -77,3 +81,39 @@ def test_a_close_that_is_refused_leaves_the_cache_open() -> None:
     kv.close()
     with pytest.raises(pk.InvalidState, match="closed"):
         kv.create([1])
+
+
+def test_seconds_are_those_of_the_copies_however_late_somebody_looks() -> None:
+    spec = pk.KVSpec(num_layers=2, num_kv_heads=2, head_dim=64, dtype="float32", block_size=16)
+    asked = []
+
+    def cost_model(request: PreemptRequest) -> Literal["swap"]:
+        asked.append(request)
+        return "swap"
+
+    with pk.KVCache(spec, num_device_blocks=64, num_host_blocks=64, cost_model=cost_model) as kv:
+        a = kv.create([])
+        with kv.step([a], [7] * 1000, counts=[1000]):
+            pass
+        out = kv.swap_out([a])
+        time.sleep(0.2)
+        out.wait()
+        assert out.ended is not None
+        assert out.seconds is not None
+        assert 0 < out.seconds <= out.ended - out.begun - 0.1
+        back = kv.swap_in([a])
+        back.wait()
+        assert back.seconds
+        kv.preempt([a])
+        assert asked[0].out_bandwidth == pytest.approx(out.num_bytes / out.seconds, rel=1e-3)
+        assert asked[0].in_bandwidth == pytest.approx(back.num_bytes / back.seconds, rel=1e-3)
+
+
+def test_a_device_without_a_clock_tells_no_seconds() -> None:
+    with World() as world:
+        out = world.kv.swap_out([world.admit([1, 2, 3])])
+        out.wait()
+        assert out.seconds is None
+        assert world.kv._transfers is not None
+        assert world.kv._transfers.bandwidth("out") is not None
+        assert world.kv._transfers.bandwidth("in") is None
