@@ -14,19 +14,10 @@ except ImportError as error:  # the control plane works without; this does not
     raise ImportError("KVCache needs torch: pip install 'pagedkv[torch]'") from error
 
 from pagedkv import attention
-from pagedkv._core import (
-    BlockManager,
-    Device,
-    HostDevice,
-    HostPool,
-    Pool,
-    SimulatedDevice,
-    SimulatedPool,
-    StepPlan,
-    TransferEngine,
-)
+from pagedkv._core import BlockManager, Device, StepPlan, TransferEngine
 from pagedkv.errors import ConcurrentUse, InvalidSpec, InvalidState, KVError
 from pagedkv.layout import DevicePool, Layout
+from pagedkv.machine import machine_for
 from pagedkv.preemption import CostModel, swap_or_recompute
 from pagedkv.sequences import Sequences
 from pagedkv.spec import KVSpec
@@ -83,7 +74,8 @@ class KVCache(Sequences):
         cost_model: CostModel = swap_or_recompute,
     ) -> None:
         self.layout = layout
-        self.device, machine = _device(device)
+        machine = machine_for(device)
+        self.device = machine.device
         num_device_blocks = _num_blocks(spec, "device", device_memory, num_device_blocks)
         if num_device_blocks is None:
             raise InvalidSpec("expected one of device_memory and num_device_blocks, found none")
@@ -97,15 +89,15 @@ class KVCache(Sequences):
             watermark=watermark,
         )
         super().__init__(spec, manager, prefill_rate, cost_model)
-        memory = DevicePool.allocate(spec, num_device_blocks + 1, layout)
+        memory = DevicePool.allocate(spec, num_device_blocks + 1, layout, machine.device)
         self._layers = memory.layers
-        self._pool = _pool(memory, machine, num_device_blocks + 1, spec.block_size)
-        if num_host_blocks or machine:  # a machine's compute streams need an order, too
-            machine = machine or HostDevice()
+        self._pool = machine.make_pool(memory, num_device_blocks + 1, spec.block_size)
+        if num_host_blocks or machine.needs_order:
+            copier = machine.transfer_device()
             engine = TransferEngine(
-                machine, memory.block_runs, num_device_blocks, num_host_blocks, owner=memory
+                copier, memory.block_runs, num_device_blocks, num_host_blocks, owner=memory
             )
-            self._transfers = Transfers(self.manager, engine, machine, spec.block_bytes)
+            self._transfers = Transfers(self.manager, engine, copier, spec.block_bytes)
         self._step: Step | None = None
         self._workspaces: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         _open_caches.add(self)
@@ -259,7 +251,9 @@ class KVCache(Sequences):
         if view.shape != shape or view.dtype != dtype:
             num_bytes = math.prod(shape) * dtype.itemsize
             if memory.nbytes < num_bytes:
-                memory = torch.empty(num_bytes + num_bytes // 4, dtype=torch.uint8)
+                memory = torch.empty(
+                    num_bytes + num_bytes // 4, dtype=torch.uint8, device=self.device
+                )
             view = memory[:num_bytes].view(dtype).view(shape)
             self._workspaces[i] = memory, view
         return view
@@ -321,21 +315,6 @@ def _close_all() -> None:
             continue
 
 
-def _device(device: str | torch.device | Device) -> tuple[torch.device, Device | None]:
-    """Where the tensors are, and the machine that copies, if the caller has one."""
-    if not isinstance(device, (str, torch.device)):
-        if isinstance(device, Device):
-            return torch.device("cpu"), device
-        raise InvalidSpec(f"device is {device!r}, expected a torch device")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise InvalidSpec(f"device is {device!r}, expected a torch device") from error
-    if found.type != "cpu":
-        raise InvalidSpec(f'device is "{found}", expected "cpu": this version has no other device')
-    return found, None
-
-
 def _num_blocks(
     spec: KVSpec, tier: str, memory: int | str | None, num_blocks: int | None
 ) -> int | None:
@@ -350,14 +329,3 @@ def _num_blocks(
             "block, and one for padding"
         )
     return found
-
-
-def _pool(memory: DevicePool, machine: Device | None, num_blocks: int, block_size: int) -> Pool:
-    regions = [
-        (t.data_ptr(), t.stride(0) * t.element_size(), t.stride(1) * t.element_size())
-        for layer in memory.layers
-        for t in layer
-    ]
-    if isinstance(machine, SimulatedDevice):
-        return SimulatedPool(machine, regions, num_blocks, block_size, owner=memory)
-    return HostPool(regions, num_blocks, block_size)

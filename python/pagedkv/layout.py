@@ -32,8 +32,22 @@ class DevicePool:
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     block_runs: tuple[tuple[int, int, int], ...]
 
+    @property
+    def regions(self) -> list[tuple[int, int, int]]:
+        """Per layer its keys' and its values' part of every block, which steps read and write.
+
+        As (address in block 0, distance between blocks, bytes of a token).
+        """
+        return [
+            (t.data_ptr(), t.stride(0) * t.element_size(), t.stride(1) * t.element_size())
+            for layer in self.layers
+            for t in layer
+        ]
+
     @classmethod
-    def allocate(cls, spec: KVSpec, num_blocks: int, layout: Layout) -> DevicePool:
+    def allocate(
+        cls, spec: KVSpec, num_blocks: int, layout: Layout, device: torch.device
+    ) -> DevicePool:
         """Memory for `num_blocks` blocks, that for padding among them, untouched.
 
         Raises InvalidSpec for an unknown layout, or if there is not so much memory.
@@ -42,9 +56,11 @@ class DevicePool:
             raise InvalidSpec(f'layout is {layout!r}, expected "block_major" or "layer_major"')
         num_bytes = num_blocks * spec.block_bytes
         try:
-            memory = torch.empty(num_bytes, dtype=torch.uint8)
+            memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         except (RuntimeError, MemoryError) as error:
-            raise InvalidSpec(f"the pool of {num_bytes} bytes does not fit in memory") from error
+            raise InvalidSpec(
+                f"the pool of {num_bytes} bytes does not fit in the memory of {device}"
+            ) from error
         if layout == "block_major":
             rows = memory.view(num_blocks, spec.block_bytes)
             layers = _views(spec, lambda offset, size: rows[:, offset : offset + size])
