@@ -38,6 +38,7 @@ class Transfer:
         self.dropped: Sequence[int] = ()
         self._owner = owner
         self._error: KVError | None = None
+        self._cancelled = False
         self._raised = False
         self._done = False  # the manager knows
         self.begun = time.perf_counter()
@@ -158,6 +159,9 @@ class Transfers:
         """Give a transfer up, if none of its copies has begun."""
         if transfer._done or not self.engine.cancel(transfer.id):
             return False
+        transfer._cancelled = True
+        if transfer in self._failed:  # as one that it needs was cancelled before
+            self._failed.remove(transfer)
         self.look()
         return True
 
@@ -193,19 +197,25 @@ class Transfers:
         lost: dict[int, list[int]] = {}
         for i, number in zip(aborted.sequences.tolist(), aborted.waited_for.tolist(), strict=True):
             lost.setdefault(number, []).append(i)
-        transfer.dropped = tuple(lost.get(transfer.id, ()))
-        transfer._error = TransferError(
-            f"transfer {transfer.id} failed: {why}. {len(transfer.dropped)} sequences lost their "
-            "blocks: resume() takes them back to what is still a prefix hit, or release() them"
-        )
+        if transfer._error is None:  # else it is void, and what it had to tell was told
+            transfer.dropped = tuple(lost.get(transfer.id, ()))
+            transfer._error = TransferError(
+                f"transfer {transfer.id} failed: {why}. {len(transfer.dropped)} sequences lost "
+                "their blocks: resume() takes them back to what is still a prefix hit, or "
+                "release() them"
+            )
+            self._note_failure(transfer)
         for number in aborted.transfers.tolist():
             dependent = self._under_way[number]
             dependent.dropped = tuple(lost.get(number, ()))
             dependent._error = TransferError(
                 f"transfer {number} is void: transfer {transfer.id}, which it needed, failed"
             )
-            self._failed.append(dependent)
-        if why != "cancelled":
+            self._note_failure(dependent)
+
+    def _note_failure(self, transfer: Transfer) -> None:
+        """For poll() to raise, unless somebody asked for it."""
+        if not transfer._cancelled:
             self._failed.append(transfer)
 
     def raise_error_of(self, transfer: Transfer) -> None:
