@@ -2,11 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <atomic>
 #include <map>
 #include <memory>
 #include <string>
 
+#include "bindings/gate.h"
 #include "bindings/manager.h"
 #include "bindings/module.h"
 #include "host/host_device.h"
@@ -22,22 +22,15 @@ namespace {
 struct PyEngine {
   py::object owner;  // of the memory that is copied: outlives the engine, which waits when it ends
   std::unique_ptr<TransferEngine> engine;
-  std::atomic<bool> busy{false};
+  Gate gate;
 };
 
-// One thread at a time. Waiting lets other Python threads run, which then must not enter.
 template <class F>
 auto enter(PyEngine& self, F&& call) {
-  struct Guard {
-    explicit Guard(std::atomic<bool>& flag) : busy(flag) {
-      if (busy.exchange(true, std::memory_order_acquire)) throw ConcurrentUse();
-    }
-    ~Guard() { busy.store(false, std::memory_order_release); }
-    std::atomic<bool>& busy;
-  } guard(self.busy);
-  return call(*self.engine);
+  return self.gate.enter([&] { return call(*self.engine); });
 }
 
+// Waiting lets other Python threads run, which then must not enter.
 template <class F>
 auto enter_long(PyEngine& self, F&& call) {
   return enter(self, [&](TransferEngine& engine) {
@@ -141,7 +134,8 @@ void bind_simulated_device(py::module_& m) {
   py::class_<SimulatedDevice, Device, std::shared_ptr<SimulatedDevice>>(
       m, "SimulatedDevice", py::is_final(),
       "A machine whose copies run late, torn and out of order, as far as their order allows.")
-      .def(py::init([](std::uint64_t seed, const std::string& schedule, int num_compute_streams) {
+      .def(py::init([](std::uint64_t seed, const std::string& schedule, int num_compute_streams,
+                       std::size_t max_events) {
              SimulatedOptions options;
              options.seed = seed;
              options.schedule = named<Schedule>("schedule", schedule,
@@ -149,11 +143,12 @@ void bind_simulated_device(py::module_& m) {
                                                  {"lazy", Schedule::lazy},
                                                  {"random", Schedule::random}});
              options.num_compute_streams = num_compute_streams;
+             options.max_events = max_events;
              options.granule_bytes = 16;
              return std::make_shared<SimulatedDevice>(options);
            }),
            py::arg("seed") = 0, py::kw_only(), py::arg("schedule") = "random",
-           py::arg("num_compute_streams") = 1)
+           py::arg("num_compute_streams") = 1, py::arg("max_events") = std::size_t{1} << 20)
       .def("use_compute_stream", &SimulatedDevice::use_compute_stream, py::arg("index"))
       .def("hold_next", &SimulatedDevice::hold_next)
       .def("fail_copy", &SimulatedDevice::fail_copy, py::arg("k") = 1)

@@ -4,26 +4,12 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
-#include <atomic>
 #include <memory>
-#include <string>
 
+#include "bindings/gate.h"
 #include "core/block_manager.h"
-#include "core/check.h"
-#include "core/error.h"
 
 namespace pagedkv {
-
-class ConcurrentUse : public Error {
- public:
-  ConcurrentUse()
-      : Error("another thread, or a callback, is inside this manager: use it from one at a time") {}
-};
-
-class Poisoned : public BrokenInvariant {
- public:
-  using BrokenInvariant::BrokenInvariant;
-};
 
 // The outputs of a StepPlan that are arrays.
 enum class Output {
@@ -50,8 +36,7 @@ struct ManagerState {
   const pybind11::object& view(Output output);
 
   std::shared_ptr<BlockManager> core;
-  std::atomic<bool> busy{false};
-  std::string defect;  // of the broken invariant that poisoned the manager
+  Gate gate;
 
  private:
   struct View {
@@ -63,25 +48,9 @@ struct ManagerState {
   std::array<View, kNumOutputs> views_;
 };
 
-// Enter core: one at a time, and never again after a broken invariant.
 template <class F>
 auto enter(ManagerState& state, F&& call) {
-  struct Guard {
-    explicit Guard(std::atomic<bool>& flag) : busy(flag) {
-      if (busy.exchange(true, std::memory_order_acquire)) throw ConcurrentUse();
-    }
-    ~Guard() { busy.store(false, std::memory_order_release); }
-    std::atomic<bool>& busy;
-  } guard(state.busy);
-  if (!state.defect.empty()) [[unlikely]] {
-    throw Poisoned("this manager met a defect of pagedkv and refuses further use: " + state.defect);
-  }
-  try {
-    return call(*state.core);
-  } catch (const BrokenInvariant& e) {
-    state.defect = e.what();
-    throw;
-  }
+  return state.gate.enter([&] { return call(*state.core); });
 }
 
 // A handle on the manager's buffers at one step, or (after copy() and pickling) arrays of its own.

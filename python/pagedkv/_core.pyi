@@ -358,6 +358,7 @@ class SimulatedDevice(Device):
         seed: decides everything: the same calls give the same run.
         schedule: "random", "lazy" (nothing runs that nobody waits for) or "eager".
         num_compute_streams: streams that steps can be queued on; see use_compute_stream().
+        max_events: events that there are at a time; it refuses more.
     """
 
     def __init__(
@@ -366,6 +367,7 @@ class SimulatedDevice(Device):
         *,
         schedule: Literal["eager", "lazy", "random"] = "random",
         num_compute_streams: int = 1,
+        max_events: int = 1 << 20,
     ) -> None: ...
     def use_compute_stream(self, index: int) -> None:
         """Steps are queued on this stream from now on."""
