@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import math
+import os
 import weakref
 from types import TracebackType
 from typing import Any
@@ -98,6 +99,7 @@ class KVCache(Sequences):
                 copier, memory.block_runs, num_device_blocks, num_host_blocks, owner=memory
             )
             self._transfers = Transfers(self.manager, engine, copier, spec.block_bytes)
+        self._process = os.getpid()
         self._step: Step | None = None
         self._workspaces: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         _open_caches.add(self)
@@ -268,9 +270,12 @@ class KVCache(Sequences):
         """Give the memory back, after what is under way has ended.
 
         The cache refuses further commands; a second close is nothing. Interpreter exit closes what
-        is open.
+        is open. In a forked child it only forgets: the copies are its parent's.
         """
         if self._closed:
+            return
+        if self._process != os.getpid():
+            self._forget()
             return
         try:
             if self._transfers is not None:

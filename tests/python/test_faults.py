@@ -139,9 +139,17 @@ def test_a_forked_child_leaves_its_parents_copies_alone() -> None:
         if child == 0:
             try:
                 w.kv.swap_in([a]).wait()
-            except pk.KVError:  # the copies count as failed here, and so the sequence is dropped
-                os._exit(0)
-            os._exit(1)
+                os._exit(1)
+            except pk.NotResident:  # the copies count as failed here: the sequence is dropped
+                pass
+            try:
+                w.kv.step([a], [9])
+                os._exit(2)
+            except pk.NotResident:
+                pass
+            w.kv.close()  # forgets
+            w.kv.close()
+            os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         transfer.wait()
         w.overwrite()

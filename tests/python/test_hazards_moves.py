@@ -122,7 +122,7 @@ def test_hazard_17_a_sequence_moves_to_another_stream() -> None:
     holds(scenario, without=STREAM, num_compute_streams=3)
 
 
-@pytest.mark.parametrize("streams", itertools.product(range(3), repeat=3))
+@pytest.mark.parametrize("streams", list(itertools.product(range(3), repeat=3)))
 def test_hazard_18_streams_of_every_kind(streams: tuple[int, int, int]) -> None:
     """Here there is one kind, in any number; the engine asks which is current at every call."""
     written, swapped, back = streams
