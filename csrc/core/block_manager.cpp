@@ -89,7 +89,7 @@ void BlockManager::require_resident(std::uint32_t slot) const {
   const Sequence& sequence = sequences_[slot];
   require_path(slot);
   if (sequence.tier == Tier::host) {
-    throw NotResident(sequences_.id(slot), "is in host memory: swap it in first",
+    throw NotResident(sequences_.id(slot), "is in host memory: swap it in, or resume() it, first",
                       waits_for(sequences_.id(slot)));
   }
   if (transfers_.in_flight(sequence.transfer)) {
@@ -100,7 +100,7 @@ void BlockManager::require_resident(std::uint32_t slot) const {
 
 void BlockManager::require_path(std::uint32_t slot) const {
   if (!sequences_[slot].dropped) return;
-  throw NotResident(sequences_.id(slot), "was dropped, and holds nothing: restore it first");
+  throw NotResident(sequences_.id(slot), "was dropped, and holds nothing: restore() it (resume() in a KVCache) first");
 }
 
 void BlockManager::repeated(SequenceId id, std::size_t i) {

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pagedkv.cache import KVCache
-    from pagedkv.integrations.transformers import PagedCache
-    from pagedkv.preemption import PreemptRequest
+    from pagedkv.integrations.transformers import CacheStats, PagedCache
+    from pagedkv.preemption import CostModel, PreemptRequest
     from pagedkv.spec import KVSpec, LayerSpec
     from pagedkv.step import Step
     from pagedkv.transfers import Transfer
@@ -45,7 +45,9 @@ if TYPE_CHECKING:
 __all__ = [
     "BlockManager",
     "BrokenInvariant",
+    "CacheStats",
     "ConcurrentUse",
+    "CostModel",
     "DeviceError",
     "InvalidSpec",
     "InvalidState",
@@ -71,6 +73,8 @@ __all__ = [
 
 # What needs torch, or is not needed by everybody, is imported when it is first used.
 _LAZY = {
+    "CacheStats": "pagedkv.integrations.transformers",
+    "CostModel": "pagedkv.preemption",
     "KVCache": "pagedkv.cache",
     "KVSpec": "pagedkv.spec",
     "LayerSpec": "pagedkv.spec",

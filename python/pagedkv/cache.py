@@ -6,6 +6,7 @@ import atexit
 import math
 import os
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -100,7 +101,8 @@ class KVCache(Sequences):
             )
             self._transfers = Transfers(self.manager, engine, copier, spec.block_bytes)
         self._process = os.getpid()
-        self._step: Step | None = None
+        self._step: Step | None = None  # the open one
+        self._last_step: Callable[[], Step | None] = lambda: None
         self._workspaces: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         _open_caches.add(self)
 
@@ -116,6 +118,8 @@ class KVCache(Sequences):
         """
         self._look()
         plan = self._open_manager().append(ids, tokens, counts=counts)
+        if (last := self._last_step()) is not None:
+            last.forget_views()
         try:
             if self._transfers is not None:
                 self._transfers.step(plan)
@@ -124,6 +128,7 @@ class KVCache(Sequences):
             self.manager.rollback(plan)
             raise
         self._step = Step(self, plan, self._step_closed)
+        self._last_step = weakref.ref(self._step)
         if self._transfers is not None:
             self._transfers.paused = True
         return self._step

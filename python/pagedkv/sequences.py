@@ -171,7 +171,7 @@ class Sequences:
         """Whether all of these sequences can be in a step now. Never blocks."""
         manager = self._open_manager()
         self._look()
-        return all(manager.is_resident(i) for i in map(int, ids))
+        return all(manager.is_resident(i) for i in _numbers(ids))
 
     def wait(self, ids: Any) -> None:
         """Block until the transfers that these sequences wait for have ended.
@@ -179,7 +179,7 @@ class Sequences:
         Raises TransferError, once, for one that failed; then some are dropped.
         """
         manager = self._open_manager()
-        for i in map(int, ids):
+        for i in _numbers(ids):
             while self._transfers and (number := manager.waits_for(i)) is not None:
                 self._transfers.numbered(number).wait()
 
@@ -234,7 +234,7 @@ class Sequences:
         """
         manager = self._open_manager()
         self._look()
-        numbers = [int(i) for i in ids]
+        numbers = _numbers(ids)
         if len(set(numbers)) < len(numbers):
             raise InvalidSpec("ids repeats a sequence: each may appear once in a call")
         away = [i for i in numbers if manager.tier(i) == "host"]
@@ -248,3 +248,10 @@ class Sequences:
             except OutOfBlocks:  # then it is computed again
                 break
         return np.array([manager.length(i) for i in numbers], np.int64)
+
+
+def _numbers(ids: Any) -> list[int]:
+    try:
+        return [int(i) for i in ids]
+    except TypeError as error:
+        raise InvalidSpec(f"ids is {ids!r}, expected a batch of sequence ids: [id]") from error

@@ -19,7 +19,7 @@ __all__ = ["Step"]
 
 
 class Step:
-    """Views of the cache's persistent buffers, valid until the next step.
+    """Views of the cache's persistent buffers, valid until the next step; InvalidState after that.
 
     A context manager: leaving it commits, an exception rolls back. T is the number of new tokens,
     B the batch. `plan` is the StepPlan behind it; the tensors are on the cache's device.
@@ -30,39 +30,49 @@ class Step:
         self._kv = kv
         self._close = close
         self._open = True
+        self._views: dict[str, torch.Tensor] = {}
 
-    @cached_property
+    def _view(self, name: str) -> torch.Tensor:
+        view = self._views.get(name)
+        if view is None:
+            view = self._views[name] = torch.from_numpy(getattr(self.plan, name))
+        return view
+
+    def forget_views(self) -> None:
+        """The buffers belong to another step from now on: reading raises InvalidState."""
+        self._views.clear()
+
+    @property
     def input_ids(self) -> torch.Tensor:
         """The new tokens' ids, int64 [T]. InvalidState if the step was opened without tokens."""
-        ids = self.plan.input_ids
-        if ids is None:
+        if self.plan.input_ids is None:
             raise InvalidState("this step was opened without tokens, so it has no input_ids")
-        return torch.from_numpy(ids)
+        return self._view("input_ids")
 
-    @cached_property
+    @property
     def slots(self) -> torch.Tensor:
         """Where each new token's K and V go: block * block_size + offset, int64 [T]."""
-        return torch.from_numpy(self.plan.slots)
+        return self._view("slots")
 
-    @cached_property
+    @property
     def positions(self) -> torch.Tensor:
         """Index of each new token in its sequence, int64 [T]."""
-        return torch.from_numpy(self.plan.positions)
+        return self._view("positions")
 
-    @cached_property
+    @property
     def query_starts(self) -> torch.Tensor:
         """Row b's new tokens are [query_starts[b], query_starts[b + 1]), int32 [B + 1]."""
-        return torch.from_numpy(self.plan.query_starts)
+        return self._view("query_starts")
 
-    @cached_property
+    @property
     def seq_lens(self) -> torch.Tensor:
         """Length of each sequence with its new tokens, int32 [B]."""
-        return torch.from_numpy(self.plan.seq_lens)
+        return self._view("seq_lens")
 
-    @cached_property
+    @property
     def block_tables(self) -> torch.Tensor:
         """Blocks of each sequence, int32 [B, W], padded with block 0; rows are strided."""
-        return torch.from_numpy(self.plan.block_tables)
+        return self._view("block_tables")
 
     @cached_property
     def shared_runs(self) -> list[tuple[int, int, int]]:

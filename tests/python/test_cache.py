@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -261,6 +262,36 @@ def test_step_outputs_are_tensors(kv: KVCache) -> None:
         ]
         with pytest.raises(InvalidState, match="without tokens"):
             _ = step.input_ids
+
+
+@pytest.mark.parametrize(
+    "name", ["input_ids", "slots", "positions", "query_starts", "seq_lens", "block_tables"]
+)
+def test_a_step_whose_buffers_are_another_ones_says_so(kv: KVCache, name: str) -> None:
+    a = kv.create([])
+    with kv.step([a], [1, 2], counts=[2]) as old:
+        before = getattr(old, name).clone()
+    assert getattr(old, name).equal(before)  # closed, and still what it was
+    with kv.step([a], [3]) as new:
+        getattr(new, name)
+        with pytest.raises(InvalidState, match="before the next"):
+            getattr(old, name)
+
+
+@pytest.mark.parametrize("command", ["ready", "wait", "resume"])
+def test_ids_are_a_batch(kv: KVCache, command: str) -> None:
+    with pytest.raises(InvalidSpec, match=r"ids is 5, expected a batch"):
+        getattr(kv, command)(5)
+
+
+def test_a_cache_goes_with_its_last_reference() -> None:
+    """Not when the garbage collector comes by: its memory is large."""
+    kv = KVCache(KVSpec(1, 1, 4, "float32", 4), num_device_blocks=4)
+    with kv.step([kv.create([])], [1]):
+        pass
+    gone = weakref.ref(kv)
+    del kv
+    assert gone() is None
 
 
 def test_a_closed_step_or_another_cache_s_is_refused(kv: KVCache) -> None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import random
+from typing import Literal
 
 import pagedkv as pk
 from hazard_world import LAYOUTS, World
+from pagedkv.testing import SimulatedDevice
 
+SCHEDULES: list[Literal["eager", "lazy", "random"]] = ["lazy", "random", "random", "eager"]
 REFUSALS = (pk.OutOfBlocks, pk.NotResident, pk.InvalidState, pk.TransferError)
 
 
 class Program:
     def __init__(self, seed: int) -> None:
         self.choose = random.Random(seed)
-        self.w = World(
-            schedule=self.choose.choice(["lazy", "random", "random", "eager"]),
-            seed=seed,
+        self.lost = False
+        device = SimulatedDevice(
+            seed,
+            schedule=self.choose.choice(SCHEDULES),
             num_compute_streams=2,
+            max_events=self.choose.choice([3, 6, 1000, 1000]),
+        )
+        self.w = World(
+            device=device,
             device_blocks=self.choose.randrange(4, 14),
             host_blocks=self.choose.randrange(1, 14),
             block_size=self.choose.randrange(1, 4),
@@ -94,24 +102,33 @@ class Program:
     def poll(self) -> None:
         self.w.kv.poll()
 
+    def lose(self) -> None:
+        if self.choose.random() < 0.1:
+            self.w.device.lose()
+            self.lost = True
+
     def stream(self) -> None:
         self.w.device.use_compute_stream(self.choose.randrange(2))
 
     def run(self) -> None:
         names = """create create fetch step step step broken_step fork reorder truncate release
-            swap_out swap_out swap_in swap_in preempt resume resume cancel wait fail poll stream"""
+            swap_out swap_out swap_in swap_in preempt resume resume cancel wait fail poll stream
+            lose"""
         with self.w as w:
             for _ in range(self.choose.randrange(5, 45)):
                 try:
                     getattr(self, self.choose.choice(names.split()))()
                 except REFUSALS:
                     pass
+                except pk.DeviceError as error:
+                    if not (self.lost and "lost" in str(error)) and "event" not in str(error):
+                        raise
                 except pk.InvalidSpec as error:
                     if "max_model_len" not in str(error):
                         raise
                 w.forget(i for i in list(w.texts) if w.kv.manager.is_dropped(i))
                 w.kv.manager.verify()
-            if self.choose.random() < 0.7:
+            if self.choose.random() < 0.7 and not self.lost:
                 self.look_at_all()
         assert w.all_problems() == []
         assert w.device.host_bytes == w.device.num_events == 0
