@@ -20,6 +20,7 @@ struct CopyBlocks;  // kernels.h has these
 struct ScatterKv;
 struct GatherKv;
 struct TransferBlocks;
+struct UpdateTables;
 
 class CudaRuntime {
  public:
@@ -37,30 +38,32 @@ class CudaRuntime {
   virtual int destroy_stream(CudaStream stream) = 0;
   virtual int synchronize(CudaStream stream) = 0;
   virtual int device_of(CudaStream stream, int* device) = 0;
-  virtual int is_capturing(CudaStream stream, bool* capturing) = 0;
 
-  virtual int create_event(CudaEvent* event) = 0;  // without timing
+  virtual int create_event(CudaEvent* event) = 0;  // with timing
   virtual int destroy_event(CudaEvent event) = 0;
   virtual int record(CudaEvent event, CudaStream stream) = 0;
   virtual int wait(CudaStream stream, CudaEvent event) = 0;
   virtual int query(CudaEvent event) = 0;  // kNotReady while pending
   virtual int synchronize(CudaEvent event) = 0;
+  virtual int elapsed(CudaEvent first, CudaEvent second, float* milliseconds) = 0;
 
   virtual int copy(void* target, const void* source, std::size_t bytes, CudaStream stream) = 0;
-  // Copies without an order among themselves. Not on a legacy or per-thread default stream.
+  // Copies without an order among themselves. Not on the legacy stream.
   virtual bool has_copy_batch() = 0;
-  virtual int copy_batch(void* const* targets, const void* const* sources, const std::size_t* bytes,
+  virtual int copy_batch(void** targets, const void** sources, std::size_t* bytes,
                          std::size_t count, CudaStream stream) = 0;
 
   virtual int allocate(void** memory, std::size_t bytes) = 0;  // on the device
   virtual int free(void* memory) = 0;
-  virtual int register_host(void* memory, std::size_t bytes) = 0;  // page-locked, for all devices
+  // Page-locked, for all devices. Called from helper threads, too.
+  virtual int register_host(void* memory, std::size_t bytes) = 0;
   virtual int unregister_host(void* memory) = 0;
 
   virtual int launch(const CopyBlocks& kernel, CudaStream stream) = 0;
   virtual int launch(const ScatterKv& kernel, CudaStream stream) = 0;
   virtual int launch(const GatherKv& kernel, CudaStream stream) = 0;
   virtual int launch(const TransferBlocks& kernel, CudaStream stream) = 0;
+  virtual int launch(const UpdateTables& kernel, CudaStream stream) = 0;
 
   static constexpr int kSuccess = 0;
   static constexpr int kNotReady = 600;  // cudaErrorNotReady

@@ -20,6 +20,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "cuda/cuda_device.h"
+#include "cuda/simulated_runtime.h"
 #include "host/host_device.h"
 #include "host/simulated_device.h"
 #include "watchdog.h"
@@ -67,10 +69,41 @@ struct Host : HeapMemory {
   HostDevice machine;
 };
 
+// A GPU whose runtime is simulated, its caller on one of the kinds of streams that there are.
+template <std::uintptr_t kStream, CopyMethod kMethod>
+struct Cuda : HeapMemory {
+  static constexpr std::uint64_t kSeeds = 60;
+  explicit Cuda(std::uint64_t seed)
+      : runtime(std::make_shared<SimulatedRuntime>(SimulatedOptions{
+            .schedule = seed == 0 ? Schedule::lazy : Schedule::random, .seed = seed})),
+        machine(runtime, {.pinned = {.chunk_bytes = 4096, .ahead = seed % 2 == 1}}) {
+    machine.methods().always(kMethod);
+    auto stream = reinterpret_cast<CudaStream>(kStream);
+    if (kStream > 2) REQUIRE(runtime->create_stream(&stream) == 0);
+    machine.use_stream(stream);
+  }
+  Device& device() { return machine; }
+  void check_nothing_else() {
+    machine.close();
+    CHECK(runtime->machine().violations().empty());
+    CHECK(runtime->num_registered_bytes() == 0);
+    CHECK(runtime->num_allocations() == 0);
+    CHECK(runtime->num_events() == 0);
+    CHECK(runtime->num_streams() == (kStream > 2 ? 1 : 0));
+  }
+  std::shared_ptr<SimulatedRuntime> runtime;
+  CudaDevice machine;
+};
+
+using CudaLegacy = Cuda<0, CopyMethod::batch>;
+using CudaPerThread = Cuda<2, CopyMethod::batch>;
+using CudaLoop = Cuda<3, CopyMethod::loop>;
+using CudaKernel = Cuda<3, CopyMethod::kernel>;
+
 using Eager = Simulated<Schedule::eager, 1>;
 using Lazy = Simulated<Schedule::lazy, 1>;
 using Random = Simulated<Schedule::random, 200>;
-#define KV_MACHINES Eager, Lazy, Random, Host
+#define KV_MACHINES Eager, Lazy, Random, Host, CudaLegacy, CudaPerThread, CudaLoop, CudaKernel
 
 constexpr std::size_t kBytes = 4096;
 constexpr auto kSite = FenceSite::transfer_after_transfer;

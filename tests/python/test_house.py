@@ -22,7 +22,7 @@ ROOMS = {
     "core": set(),
     "transfer": {"core"},
     "host": {"core", "transfer"},
-    "cuda": {"core", "transfer"},
+    "cuda": {"core", "transfer", "host"},  # a CUDA machine has a host
     "bindings": {"core", "transfer", "host", "cuda"},
 }
 

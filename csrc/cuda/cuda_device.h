@@ -1,0 +1,114 @@
+// An NVIDIA GPU as a machine (transfer/device.h): copies on streams of its own, which the legacy
+// stream does not wait for, and fences by events.
+//
+// The caller says which stream his work is queued on, at every call, since CUDA has no word for it:
+// torch's current stream, say. Streams here are CUDA's handles themselves. Every call leaves the
+// current device of the calling thread as it was.
+//
+// An error after which CUDA refuses everything (an illegal address, for one) makes the device lost:
+// what was under way counts as failed, every call throws DeviceError, close() works.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda/copy_method.h"
+#include "cuda/pinned_memory.h"
+#include "cuda/runtime.h"
+#include "cuda/upload_ring.h"
+#include "transfer/device.h"
+
+namespace pagedkv {
+
+struct CudaOptions {
+  int index = 0;
+  PinnedOptions pinned = {};
+  std::size_t ring_bytes = std::size_t{4} << 20;
+};
+
+class CudaDevice final : public Device {
+ public:
+  explicit CudaDevice(std::shared_ptr<CudaRuntime> runtime, const CudaOptions& options = {});
+  ~CudaDevice() override;
+  CudaDevice(const CudaDevice&) = delete;
+  CudaDevice& operator=(const CudaDevice&) = delete;
+
+  // The stream of the caller's work from now on; nullptr is the legacy default stream. Throws
+  // DeviceError if it is another device's.
+  void use_stream(CudaStream stream);
+
+  Stream compute_stream() override;
+  Stream make_stream() override;
+  void copy(Stream stream, std::span<const CopyRun> runs) override;
+  Event record(Stream stream) override;
+  void fence(Stream stream, Event event, FenceSite site) override;
+  Status poll(Event event) override;
+  Status wait(Event event) override;
+  std::string failure(Event event) override;
+  void recycle(Event event) override;
+  double seconds_between(Event first, Event second) override;
+  std::byte* allocate_host(std::size_t bytes) override;
+  void free_host(std::byte* memory, std::size_t bytes) override;
+  void close() override;
+  std::int64_t num_host_waits() const override { return num_host_waits_; }
+
+  // How copies are carried out; see copy_method.h.
+  CopyMethods& methods() { return methods_; }
+  void calibrate();
+
+  int index() const { return options_.index; }
+  std::size_t num_pageable_bytes() const;
+  std::size_t num_live_events() const { return events_.size() - free_events_.size(); }
+
+  // For what else is queued on this device's streams: the device made current for a while, an
+  // upload ring, and the end of a call that failed or not.
+  class Guard {
+   public:
+    explicit Guard(CudaDevice& device);
+    ~Guard();
+    Guard(const Guard&) = delete;
+    Guard& operator=(const Guard&) = delete;
+
+   private:
+    CudaRuntime& runtime_;
+    int before_ = 0;
+    bool changed_ = false;
+  };
+  CudaRuntime& runtime() { return *runtime_; }
+  UploadRing& ring() { return *ring_; }
+  CudaStream stream() const { return stream_; }
+  void check(int code, const char* call);  // throws DeviceError; remembers a device that is lost
+  void check_open() const;
+  void synchronize(CudaStream stream);
+
+ private:
+  struct EventState {
+    CudaEvent event = nullptr;
+    std::uint32_t generation = 0;
+    bool live = false;
+    Status status = Status::pending;
+  };
+
+  EventState& find(Event event);
+  void copy_by(CopyMethod method, CudaStream stream, std::span<const CopyRun> runs);
+  void copy_by_kernel(CudaStream stream, std::span<const CopyRun> runs);
+  Status settle(EventState& state, int code, const char* call);
+
+  const std::shared_ptr<CudaRuntime> runtime_;
+  const CudaOptions options_;
+  const std::int64_t process_;
+  CudaStream stream_ = nullptr;
+  std::vector<CudaStream> streams_;  // our own
+  std::vector<EventState> events_;
+  std::vector<std::size_t> free_events_;
+  std::vector<std::unique_ptr<PinnedMemory>> host_;
+  std::unique_ptr<UploadRing> ring_;
+  CopyMethods methods_;
+  std::string lost_;  // why, once it is
+  bool closed_ = false;
+  std::atomic<std::int64_t> num_host_waits_ = 0;
+};
+
+}  // namespace pagedkv

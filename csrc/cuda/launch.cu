@@ -1,0 +1,82 @@
+// The loop around every kernel, and its launches.
+#include <algorithm>
+
+#include "cuda/cuda_runtime.h"
+#include "cuda/kernels.h"
+
+namespace pagedkv {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kInFlight = 4;  // words that a thread has loaded before it stores the first
+
+// Moves words of type Word: all loads of a round before its stores, so that several are in flight.
+template <class Kernel, class Word>
+__global__ void __launch_bounds__(kThreads) move_words(const Kernel kernel) {
+  const std::int64_t stride = std::int64_t{gridDim.x} * kThreads;
+  const std::int64_t count = kernel.words.count;
+  for (std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count;
+       i += kInFlight * stride) {
+    Word word[kInFlight];
+    Word* to[kInFlight];
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      to[j] = nullptr;
+      if (i + j * stride >= count) continue;
+      const Move move = kernel(i + j * stride);
+      to[j] = reinterpret_cast<Word*>(move.to);
+      word[j] = move.from ? *reinterpret_cast<const Word*>(move.from) : Word{};
+    }
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      if (to[j]) *to[j] = word[j];
+    }
+  }
+}
+
+template <class Word, class Kernel>
+int launch_with(const Kernel& kernel, CudaStream stream) {
+  // As many thread blocks as run side by side, or fewer: the loop does the rest.
+  int device = 0, num_processors = 0, per_processor = 0;
+  if (const int code = cudaGetDevice(&device)) return code;
+  if (const int code =
+          cudaDeviceGetAttribute(&num_processors, cudaDevAttrMultiProcessorCount, device)) {
+    return code;
+  }
+  if (const int code = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+          &per_processor, move_words<Kernel, Word>, kThreads, 0)) {
+    return code;
+  }
+  const std::int64_t most = std::int64_t{num_processors} * std::max(per_processor, 1);
+  const std::int64_t needed = (kernel.words.count + kThreads - 1) / kThreads;
+  move_words<Kernel, Word>
+      <<<static_cast<unsigned>(std::min(most, needed)), kThreads, 0, stream>>>(kernel);
+  return cudaPeekAtLastError();
+}
+
+template <class Kernel>
+int launch_words(const Kernel& kernel, CudaStream stream) {
+  if (kernel.words.count == 0) return cudaSuccess;
+  switch (kernel.words.bytes) {
+    case 16: return launch_with<uint4>(kernel, stream);
+    case 8: return launch_with<uint2>(kernel, stream);
+    case 4: return launch_with<std::uint32_t>(kernel, stream);
+    case 2: return launch_with<std::uint16_t>(kernel, stream);
+    default: return launch_with<std::uint8_t>(kernel, stream);
+  }
+}
+
+}  // namespace
+
+int RealRuntime::launch(const CopyBlocks& k, CudaStream stream) { return launch_words(k, stream); }
+int RealRuntime::launch(const ScatterKv& k, CudaStream stream) { return launch_words(k, stream); }
+int RealRuntime::launch(const GatherKv& k, CudaStream stream) { return launch_words(k, stream); }
+int RealRuntime::launch(const TransferBlocks& k, CudaStream stream) {
+  return launch_words(k, stream);
+}
+int RealRuntime::launch(const UpdateTables& k, CudaStream stream) {
+  return k.words.count == 0 ? int{cudaSuccess} : launch_with<std::uint32_t>(k, stream);
+}
+
+}  // namespace pagedkv

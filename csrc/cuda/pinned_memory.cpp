@@ -1,0 +1,99 @@
+#include "cuda/pinned_memory.h"
+
+#include <algorithm>
+
+#include "host/host_memory.h"
+
+namespace pagedkv {
+
+namespace {
+constexpr std::size_t kPage = 4096;
+}
+
+PinnedMemory::PinnedMemory(std::shared_ptr<CudaRuntime> runtime, int device, std::size_t bytes,
+                           const PinnedOptions& options)
+    : runtime_(std::move(runtime)),
+      device_(device),
+      options_(options),
+      memory_(map_host_memory(bytes)),
+      bytes_(bytes),
+      states_((bytes + options.chunk_bytes - 1) / options.chunk_bytes, State::mapped) {
+  if (options_.ahead && !states_.empty()) ahead_ = std::thread([this] { run(); });
+}
+
+PinnedMemory::~PinnedMemory() {
+  if (memory_ == nullptr) {  // a forked child has neither the thread nor the locks
+    if (ahead_.joinable()) ahead_.detach();
+    return;
+  }
+  stopping_ = true;
+  if (ahead_.joinable()) ahead_.join();
+  for (std::size_t chunk = 0; chunk < num_chunks(); ++chunk) {
+    if (states_[chunk] != State::locked) continue;
+    if (runtime_->unregister_host(memory_ + chunk * options_.chunk_bytes) != 0) {
+      runtime_->clear_error();
+    }
+  }
+  unmap_host_memory(memory_, bytes_);
+}
+
+std::size_t PinnedMemory::chunk_size(std::size_t chunk) const {
+  return std::min(options_.chunk_bytes, bytes_ - chunk * options_.chunk_bytes);
+}
+
+void PinnedMemory::run() {
+  if (runtime_->set_device(device_) != CudaRuntime::kSuccess) {  // this thread's is the first one
+    return runtime_->clear_error();
+  }
+  for (std::size_t chunk = 0; chunk < num_chunks() && !stopping_; ++chunk) {
+    const std::lock_guard guard(mutex_);
+    lock_chunk(chunk);
+  }
+}
+
+void PinnedMemory::lock(const std::byte* begin, std::size_t bytes) {
+  if (bytes == 0) return;
+  const std::size_t first = static_cast<std::size_t>(begin - memory_) / options_.chunk_bytes;
+  const std::size_t last =
+      (static_cast<std::size_t>(begin - memory_) + bytes - 1) / options_.chunk_bytes;
+  if (last < num_ready_.load(std::memory_order_acquire)) return;
+  const std::lock_guard guard(mutex_);
+  for (std::size_t chunk = first; chunk <= last; ++chunk) lock_chunk(chunk);
+}
+
+void PinnedMemory::lock_chunk(std::size_t chunk) {
+  if (states_[chunk] == State::mapped) {
+    std::byte* const begin = memory_ + chunk * options_.chunk_bytes;
+    touch(begin, chunk_size(chunk));
+    if (runtime_->register_host(begin, chunk_size(chunk)) == CudaRuntime::kSuccess) {
+      states_[chunk] = State::locked;
+    } else {
+      runtime_->clear_error();
+      states_[chunk] = State::pageable;
+      pageable_bytes_ += chunk_size(chunk);
+    }
+  }
+  std::size_t ready = num_ready_.load(std::memory_order_relaxed);
+  while (ready < num_chunks() && states_[ready] != State::mapped) ++ready;
+  num_ready_.store(ready, std::memory_order_release);
+}
+
+// Whoever writes to a page first has the system find memory for it: that is what takes the time.
+// Written is what was there, in one piece, since somebody may have been here before.
+void PinnedMemory::touch(std::byte* begin, std::size_t bytes) const {
+  const auto touch_part = [](std::byte* at, const std::byte* end) {
+    for (; at < end; at += kPage) {
+      std::atomic_ref(reinterpret_cast<unsigned char&>(*at)).fetch_or(0, std::memory_order_relaxed);
+    }
+  };
+  const std::size_t parts = static_cast<std::size_t>(std::max(options_.num_touching, 1));
+  const std::size_t part = (bytes / parts + kPage) / kPage * kPage;
+  std::vector<std::thread> threads;
+  for (std::size_t at = part; at < bytes; at += part) {
+    threads.emplace_back(touch_part, begin + at, begin + std::min(at + part, bytes));
+  }
+  touch_part(begin, begin + std::min(part, bytes));
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace pagedkv

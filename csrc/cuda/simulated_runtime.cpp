@@ -1,0 +1,302 @@
+#include "cuda/simulated_runtime.h"
+
+#include <cstring>
+#include <numeric>
+
+#include "cuda/cuda_error.h"
+#include "cuda/kernels.h"
+
+namespace pagedkv {
+
+namespace {
+
+constexpr int kInvalidValue = 1;
+constexpr int kOutOfMemory = 2;
+constexpr int kInvalidDevice = 101;
+constexpr int kInvalidHandle = 400;
+constexpr int kIllegalAddress = 700;
+constexpr FenceSite kSite = FenceSite::transfer_after_transfer;
+
+thread_local int current_device = 0;
+
+const CudaStream kLegacy = nullptr;
+const CudaStream kLegacyByName = reinterpret_cast<CudaStream>(std::uintptr_t{1});
+const CudaStream kPerThread = reinterpret_cast<CudaStream>(std::uintptr_t{2});
+
+SimulatedOptions with_default_streams(SimulatedOptions options) {
+  options.num_compute_streams = 2;
+  return options;
+}
+
+}  // namespace
+
+SimulatedRuntime::SimulatedRuntime(const SimulatedOptions& options, int num_devices, bool has_batch)
+    : machine_(with_default_streams(options)), num_devices_(num_devices), has_batch_(has_batch) {
+  machine_.use_compute_stream(1);
+  lanes_[kPerThread] = machine_.compute_stream();
+  machine_.use_compute_stream(0);
+  lanes_[kLegacy] = lanes_[kLegacyByName] = machine_.compute_stream();
+}
+
+SimulatedRuntime::~SimulatedRuntime() = default;
+
+void SimulatedRuntime::fail(const std::string& function, int code, int k) {
+  const std::lock_guard lock(mutex_);
+  failures_[function] = {k, code};
+}
+
+int SimulatedRuntime::enter(const char* function) {
+  const std::lock_guard lock(mutex_);
+  ++num_calls_[function];
+  if (sticky_ != 0) return sticky_;
+  const auto found = failures_.find(function);
+  if (found == failures_.end() || --found->second.first > 0) return kSuccess;
+  const int code = found->second.second;
+  failures_.erase(found);
+  if (is_sticky(code)) {
+    sticky_ = code;
+    machine_.lose();
+  }
+  return code;
+}
+
+std::int64_t SimulatedRuntime::num_calls(const std::string& function) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = num_calls_.find(function);
+  return found == num_calls_.end() ? 0 : found->second;
+}
+
+std::size_t SimulatedRuntime::num_registered_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return std::accumulate(registered_.begin(), registered_.end(), std::size_t{0},
+                         [](std::size_t sum, const auto& r) { return sum + r.second; });
+}
+
+std::string SimulatedRuntime::error_text(int code) {
+  return "simulated error " + std::to_string(code);
+}
+
+// -------------------------------------------------------------------------------------- devices
+
+int SimulatedRuntime::get_device(int* device) {
+  *device = current_device;
+  return enter("cudaGetDevice");
+}
+
+int SimulatedRuntime::set_device(int device) {
+  if (const int code = enter("cudaSetDevice")) return code;
+  if (device < 0 || device >= num_devices_) return kInvalidDevice;
+  current_device = device;
+  return kSuccess;
+}
+
+int SimulatedRuntime::memory_info(std::size_t* free, std::size_t* total) {
+  *free = std::size_t{1} << 30;
+  *total = std::size_t{2} << 30;
+  return enter("cudaMemGetInfo");
+}
+
+// -------------------------------------------------------------------------------------- streams
+
+bool SimulatedRuntime::known(CudaStream stream) const { return lanes_.contains(stream); }
+
+int SimulatedRuntime::create_stream(CudaStream* stream) {
+  if (const int code = enter("cudaStreamCreateWithFlags")) return code;
+  *stream = reinterpret_cast<CudaStream>(next_handle_ += 16);
+  lanes_[*stream] = machine_.make_stream();
+  streams_[*stream] = current_device;
+  return kSuccess;
+}
+
+int SimulatedRuntime::destroy_stream(CudaStream stream) {
+  if (streams_.erase(stream) == 0) return kInvalidHandle;
+  lanes_.erase(stream);
+  return enter("cudaStreamDestroy");
+}
+
+int SimulatedRuntime::synchronize(CudaStream stream) {
+  if (const int code = enter("cudaStreamSynchronize")) return code;
+  if (!known(stream)) return kInvalidHandle;
+  machine_.synchronize(lane_of(stream));
+  return kSuccess;
+}
+
+int SimulatedRuntime::device_of(CudaStream stream, int* device) {
+  if (const int code = enter("cudaStreamGetDevice")) return code;
+  if (!known(stream)) return kInvalidHandle;
+  const auto found = streams_.find(stream);
+  *device = found == streams_.end() ? current_device : found->second;
+  return kSuccess;
+}
+
+// -------------------------------------------------------------------------------------- events
+
+int SimulatedRuntime::create_event(CudaEvent* event) {
+  if (const int code = enter("cudaEventCreate")) return code;
+  *event = reinterpret_cast<CudaEvent>(next_handle_ += 16);
+  events_[*event].device = current_device;
+  return kSuccess;
+}
+
+int SimulatedRuntime::destroy_event(CudaEvent event) {
+  const auto found = events_.find(event);
+  if (found == events_.end()) return kInvalidHandle;
+  if (found->second.recorded != Event::none && sticky_ == 0)
+    machine_.recycle(found->second.recorded);
+  events_.erase(found);
+  return enter("cudaEventDestroy");
+}
+
+// What waits for the event as it was goes on waiting for that.
+int SimulatedRuntime::record(CudaEvent event, CudaStream stream) {
+  if (const int code = enter("cudaEventRecord")) return code;
+  const auto found = events_.find(event);
+  if (found == events_.end() || !known(stream)) return kInvalidHandle;
+  const auto made = streams_.find(stream);
+  if ((made == streams_.end() ? current_device : made->second) != found->second.device) {
+    return kInvalidHandle;
+  }
+  if (found->second.recorded != Event::none) machine_.recycle(found->second.recorded);
+  found->second.recorded = Event::none;
+  try {
+    found->second.recorded = machine_.record(lane_of(stream));
+  } catch (const DeviceError&) {
+    return kOutOfMemory;
+  }
+  return kSuccess;
+}
+
+int SimulatedRuntime::wait(CudaStream stream, CudaEvent event) {
+  if (const int code = enter("cudaStreamWaitEvent")) return code;
+  const auto found = events_.find(event);
+  if (found == events_.end() || !known(stream)) return kInvalidHandle;
+  if (found->second.recorded != Event::none) {
+    machine_.fence(lane_of(stream), found->second.recorded, kSite);
+  }
+  return kSuccess;
+}
+
+int SimulatedRuntime::observe(Status status) {
+  if (status == Status::pending) return kNotReady;
+  if (status == Status::done) return kSuccess;
+  const std::lock_guard lock(mutex_);
+  return sticky_ = kIllegalAddress;
+}
+
+int SimulatedRuntime::query(CudaEvent event) {
+  if (const int code = enter("cudaEventQuery")) return code;
+  const auto found = events_.find(event);
+  if (found == events_.end()) return kInvalidHandle;
+  if (found->second.recorded == Event::none) return kSuccess;
+  return observe(machine_.poll(found->second.recorded));
+}
+
+int SimulatedRuntime::synchronize(CudaEvent event) {
+  if (const int code = enter("cudaEventSynchronize")) return code;
+  const auto found = events_.find(event);
+  if (found == events_.end()) return kInvalidHandle;
+  if (found->second.recorded == Event::none) return kSuccess;
+  return observe(machine_.wait(found->second.recorded));
+}
+
+int SimulatedRuntime::elapsed(CudaEvent first, CudaEvent second, float* milliseconds) {
+  *milliseconds = first == second ? 0.0f : 1.0f;
+  return enter("cudaEventElapsedTime");
+}
+
+// -------------------------------------------------------------------------------------- copies
+
+int SimulatedRuntime::copy(void* target, const void* source, std::size_t bytes, CudaStream stream) {
+  if (const int code = enter("cudaMemcpyAsync")) return code;
+  if (!known(stream)) return kInvalidHandle;
+  const CopyRun run{static_cast<std::byte*>(target), static_cast<const std::byte*>(source), bytes};
+  machine_.copy(lane_of(stream), {&run, 1});
+  return kSuccess;
+}
+
+int SimulatedRuntime::copy_batch(void** targets, const void** sources, std::size_t* bytes,
+                                 std::size_t count, CudaStream stream) {
+  if (const int code = enter("cudaMemcpyBatchAsync")) return code;
+  if (!has_batch_ || !known(stream) || stream == kLegacy || stream == kLegacyByName) {
+    return kInvalidValue;
+  }
+  std::vector<CopyRun> runs;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (bytes[i] == 0) return kInvalidValue;
+    runs.push_back(
+        {static_cast<std::byte*>(targets[i]), static_cast<const std::byte*>(sources[i]), bytes[i]});
+  }
+  machine_.copy(lane_of(stream), runs);
+  return kSuccess;
+}
+
+// -------------------------------------------------------------------------------------- memory
+
+int SimulatedRuntime::allocate(void** memory, std::size_t bytes) {
+  if (const int code = enter("cudaMalloc")) return code;
+  auto block = std::make_unique<std::byte[]>(bytes + 256);
+  void* const aligned =
+      reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(block.get()) + 255) / 256 * 256);
+  allocations_[aligned] = std::move(block);
+  *memory = aligned;
+  return kSuccess;
+}
+
+int SimulatedRuntime::free(void* memory) {
+  if (memory != nullptr && allocations_.erase(memory) == 0) return kInvalidValue;
+  return enter("cudaFree");
+}
+
+int SimulatedRuntime::register_host(void* memory, std::size_t bytes) {
+  if (const int code = enter("cudaHostRegister")) return code;
+  if (num_registered_bytes() + bytes > most_registered_) return kOutOfMemory;
+  const std::lock_guard lock(mutex_);
+  return registered_.emplace(memory, bytes).second ? kSuccess : kInvalidValue;
+}
+
+int SimulatedRuntime::unregister_host(void* memory) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (registered_.erase(memory) == 0) return kInvalidValue;
+  }
+  return enter("cudaHostUnregister");
+}
+
+// -------------------------------------------------------------------------------------- kernels
+
+template <class Kernel>
+int SimulatedRuntime::run(const char* function, const Kernel& kernel, CudaStream stream) {
+  if (const int code = enter(function)) return code;
+  if (!known(stream)) return kInvalidHandle;
+  machine_.run(lane_of(stream), {}, [kernel] {
+    const auto bytes = static_cast<std::size_t>(kernel.words.bytes);
+    for (std::int64_t i = 0; i < kernel.words.count; ++i) {
+      const Move move = kernel(i);
+      if (move.to == nullptr) continue;
+      if (move.from == nullptr) {
+        std::memset(move.to, 0, bytes);
+      } else {
+        std::memcpy(move.to, move.from, bytes);
+      }
+    }
+  });
+  return kSuccess;
+}
+
+int SimulatedRuntime::launch(const CopyBlocks& kernel, CudaStream stream) {
+  return run("copy_blocks", kernel, stream);
+}
+int SimulatedRuntime::launch(const ScatterKv& kernel, CudaStream stream) {
+  return run("scatter_kv", kernel, stream);
+}
+int SimulatedRuntime::launch(const GatherKv& kernel, CudaStream stream) {
+  return run("gather_kv", kernel, stream);
+}
+int SimulatedRuntime::launch(const TransferBlocks& kernel, CudaStream stream) {
+  return run("transfer_blocks", kernel, stream);
+}
+int SimulatedRuntime::launch(const UpdateTables& kernel, CudaStream stream) {
+  return run("update_tables", kernel, stream);
+}
+
+}  // namespace pagedkv

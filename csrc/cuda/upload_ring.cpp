@@ -1,0 +1,91 @@
+#include "cuda/upload_ring.h"
+
+#include <algorithm>
+
+#include "cuda/cuda_device.h"
+
+namespace pagedkv {
+
+namespace {
+
+constexpr std::size_t kAlign = 64;
+
+std::size_t round_up(std::size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+}  // namespace
+
+UploadRing::UploadRing(CudaDevice& device, std::shared_ptr<CudaRuntime> runtime, std::size_t bytes)
+    : device_(device), runtime_(std::move(runtime)) {
+  allocate(round_up(bytes));
+}
+
+UploadRing::~UploadRing() { free(); }
+
+void UploadRing::allocate(std::size_t bytes) {
+  auto host = std::make_unique<PinnedMemory>(
+      runtime_, device_.index(), bytes,
+      PinnedOptions{.chunk_bytes = bytes, .num_touching = 1, .ahead = false});
+  host->lock_all();
+  void* memory = nullptr;
+  device_.check(runtime_->allocate(&memory, bytes), "cudaMalloc");
+  host_ = std::move(host);
+  memory_ = memory;
+  bytes_ = bytes;
+  next_ = 0;
+}
+
+void UploadRing::free() {
+  if (memory_ != nullptr && runtime_->free(memory_) != 0) runtime_->clear_error();
+  memory_ = nullptr;
+  bytes_ = 0;
+  host_.reset();
+}
+
+bool UploadRing::overlaps(std::size_t begin, std::size_t end) const {
+  return std::ranges::any_of(in_use_,
+                             [&](const InUse& u) { return begin < u.end && u.begin < end; });
+}
+
+void UploadRing::retire(bool wait) {
+  const Event until = in_use_.front().until;
+  Status status = device_.poll(until);
+  if (status == Status::pending) {
+    if (!wait) return;
+    ++num_waits_;
+    status = device_.wait(until);
+  }
+  device_.recycle(until);
+  in_use_.pop_front();
+}
+
+UploadRing::Slice UploadRing::reserve(std::size_t bytes) {
+  bytes = round_up(bytes);
+  if (bytes > bytes_) {
+    while (!in_use_.empty()) retire(true);
+    const std::size_t larger = std::max(bytes, 2 * bytes_);
+    free();
+    allocate(larger);
+  }
+  if (next_ + bytes > bytes_) next_ = 0;
+  while (overlaps(next_, next_ + bytes)) retire(true);
+  const Slice slice{host_->data() + next_, static_cast<std::byte*>(memory_) + next_, bytes};
+  next_ += bytes;
+  return slice;
+}
+
+void UploadRing::copy(const Slice& slice, CudaStream stream) {
+  device_.check(runtime_->copy(slice.device, slice.host, slice.bytes, stream), "cudaMemcpyAsync");
+}
+
+void UploadRing::release(const Slice& slice, CudaStream stream) {
+  const auto begin = static_cast<std::size_t>(slice.host - host_->data());
+  const Event until = device_.record(Stream{reinterpret_cast<std::uintptr_t>(stream)});
+  in_use_.push_back({begin, begin + slice.bytes, until});
+  for (int i = 0; i < 2 && in_use_.size() > 1; ++i) {  // two for each: they do not pile up
+    const std::size_t before = in_use_.size();
+    retire(false);
+    if (in_use_.size() == before) break;
+  }
+}
+
+}  // namespace pagedkv

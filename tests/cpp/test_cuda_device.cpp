@@ -1,0 +1,311 @@
+// What a CUDA device does beyond the contract, on a simulated runtime: errors, upload ring, pinned
+// memory, methods of copying. The contract itself is in test_device_contract.cpp.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/check.h"
+#include "cuda/cuda_device.h"
+#include "cuda/simulated_runtime.h"
+#include "watchdog.h"
+
+using namespace pagedkv;
+
+namespace {
+
+constexpr int kOutOfMemory = 2;
+constexpr int kIllegalAddress = 700;
+
+struct World {
+  explicit World(Schedule schedule = Schedule::lazy, std::uint64_t seed = 0,
+                 const CudaOptions& options = {.pinned = {.chunk_bytes = 8192, .ahead = false}},
+                 bool has_batch = true)
+      : runtime(std::make_shared<SimulatedRuntime>(
+            SimulatedOptions{.schedule = schedule, .seed = seed}, 2, has_batch)),
+        device(std::make_unique<CudaDevice>(runtime, options)) {}
+
+  void check_nothing_left() {
+    device->close();
+    CHECK(runtime->num_streams() == 0);
+    CHECK(runtime->num_events() == 0);
+    CHECK(runtime->num_allocations() == 0);
+    CHECK(runtime->num_registered_bytes() == 0);
+    CHECK(runtime->machine().violations().empty());
+  }
+
+  std::shared_ptr<SimulatedRuntime> runtime;
+  std::unique_ptr<CudaDevice> device;
+};
+
+std::string message(auto&& call) {
+  try {
+    call();
+  } catch (const DeviceError& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+bool contains(const std::string& text, const char* part) {
+  return text.find(part) != std::string::npos;
+}
+
+}  // namespace
+
+TEST_CASE("an error names the call, CUDA's words and what to do") {
+  World w;
+  for (const auto& [function, code, advice] :
+       std::vector<std::tuple<const char*, int, const char*>>{
+           {"cudaStreamCreateWithFlags", kOutOfMemory, "free device memory"},
+           {"cudaStreamCreateWithFlags", 35, "580 or later"},
+           {"cudaStreamCreateWithFlags", 100, "no CUDA device"},
+           {"cudaStreamCreateWithFlags", 400, "another device's"}}) {
+    w.runtime->fail(function, code);
+    const std::string text = message([&] { w.device->make_stream(); });
+    CHECK(contains(text, function));
+    CHECK(contains(text, ("error " + std::to_string(code)).c_str()));
+    CHECK(contains(text, advice));
+  }
+  w.device->make_stream();  // and nothing is the worse for it
+  w.check_nothing_left();
+}
+
+TEST_CASE("a call that fails leaves the device usable, whichever it is") {
+  for (const char* function : {"cudaGetDevice", "cudaSetDevice", "cudaStreamCreateWithFlags",
+                               "cudaEventCreate", "cudaEventRecord", "cudaStreamWaitEvent",
+                               "cudaMemcpyAsync", "cudaMemcpyBatchAsync", "transfer_blocks"}) {
+    for (const CopyMethod method : kCopyMethods) {
+      CAPTURE(function);
+      World w;
+      w.device->methods().always(method);
+      std::byte* const host = w.device->allocate_host(4096);
+      std::vector<std::byte> memory(4096, std::byte{7});
+      const std::vector<CopyRun> runs{{host, memory.data(), 1024},
+                                      {host + 2048, memory.data() + 2048, 1024}};
+      const auto work = [&] {
+        const Stream stream = w.device->make_stream();
+        const Event before = w.device->record(w.device->compute_stream());
+        w.device->fence(stream, before, FenceSite::transfer_after_compute);
+        w.device->recycle(before);
+        w.device->copy(stream, runs);
+        const Event end = w.device->record(stream);
+        CHECK(w.device->wait(end) == Status::done);
+        w.device->recycle(end);
+      };
+      int current = -1;
+      static_cast<void>(w.runtime->set_device(1));  // so that the device has to be changed
+      w.runtime->fail(function, kOutOfMemory);
+      if (const std::string text = message(work); text != "no error") {
+        CHECK(contains(text, function));
+      }
+      static_cast<void>(w.runtime->get_device(&current));
+      CHECK(current == 1);
+      work();
+      static_cast<void>(w.runtime->get_device(&current));
+      CHECK(current == 1);
+      static_cast<void>(w.runtime->set_device(0));
+      CHECK(host[1023] == std::byte{7});
+      w.device->free_host(host, 4096);
+      w.check_nothing_left();
+    }
+  }
+}
+
+TEST_CASE("runs that were enqueued before one was refused have ended when the refusal is told") {
+  World w;
+  w.device->methods().always(CopyMethod::loop);
+  std::byte* const host = w.device->allocate_host(4096);
+  std::vector<std::byte> memory(4096, std::byte{7});
+  const Stream stream = w.device->make_stream();
+  const std::vector<CopyRun> runs{{host, memory.data(), 1024}, {host + 2048, memory.data(), 1024}};
+  w.runtime->fail("cudaMemcpyAsync", kOutOfMemory, 2);
+  CHECK(contains(message([&] { w.device->copy(stream, runs); }), "cudaMemcpyAsync"));
+  CHECK(w.runtime->machine().num_pending() == 0);  // else it would be copied over what comes next
+  w.device->free_host(host, 4096);
+  w.check_nothing_left();
+}
+
+TEST_CASE("an error that CUDA does not get over makes the device lost, and close() works") {
+  for (const char* function : {"cudaEventQuery", "cudaEventRecord", "cudaMemcpyAsync",
+                               "cudaStreamWaitEvent", "cudaEventSynchronize", "cudaSetDevice"}) {
+    CAPTURE(function);
+    World w;
+    w.device->methods().always(CopyMethod::loop);
+    std::byte* const host = w.device->allocate_host(4096);
+    std::vector<std::byte> memory(4096);
+    const Stream stream = w.device->make_stream();
+    const Event event = w.device->record(stream);
+    w.runtime->fail(function, kIllegalAddress);
+    static_cast<void>(w.runtime->set_device(std::string(function) == "cudaSetDevice"));
+    bool failed = false;
+    const auto expect_failure = [&](auto&& call) {
+      try {
+        failed |= call();
+      } catch (const DeviceError&) {
+        failed = true;
+      }
+    };
+    const CopyRun run{host, memory.data(), 4096};
+    expect_failure([&] { return w.device->copy(stream, {&run, 1}), false; });
+    expect_failure([&] { return w.device->record(stream), false; });
+    expect_failure([&] { return w.device->fence(stream, event, FenceSite{}), false; });
+    expect_failure([&] { return w.device->poll(event) == Status::failed; });
+    expect_failure([&] { return w.device->wait(event) == Status::failed; });
+    CHECK(failed);
+    CHECK(contains(message([&] { w.device->make_stream(); }), "restart"));
+    w.device->recycle(event);
+    w.device->free_host(host, 4096);
+    w.device->close();
+    w.device->close();
+    CHECK(contains(message([&] { w.device->make_stream(); }), "closed"));
+  }
+}
+
+TEST_CASE("streams and events of others are refused") {
+  World w;
+  CudaStream other = nullptr;
+  REQUIRE(w.runtime->set_device(1) == 0);
+  REQUIRE(w.runtime->create_stream(&other) == 0);
+  REQUIRE(w.runtime->set_device(0) == 0);
+  CHECK(contains(message([&] { w.device->use_stream(other); }), "one of device 1"));
+  CHECK(w.device->compute_stream() == Stream{0});
+  const Event event = w.device->record(w.device->compute_stream());
+  w.device->recycle(event);
+  CHECK_THROWS_AS(w.device->poll(event), BrokenInvariant);
+  const Event next = w.device->record(w.device->compute_stream());
+  CHECK(next != event);
+  CHECK_THROWS_AS(w.device->recycle(event), BrokenInvariant);
+  w.device->recycle(next);
+  CHECK(w.device->num_live_events() == 0);
+}
+
+TEST_CASE("no slice of the ring is rewritten before its upload and its readers have ended") {
+  const Watchdog watchdog(60);
+  for (std::uint64_t seed = 0; seed < 40; ++seed) {
+    World w(seed == 0 ? Schedule::lazy : Schedule::random, seed, {.ring_bytes = 1024});
+    CudaStream streams[2] = {nullptr, nullptr};
+    REQUIRE(w.runtime->create_stream(&streams[1]) == 0);
+    std::vector<int> found(64, -1);
+    for (int turn = 0; turn < 64; ++turn) {
+      const CudaStream stream = streams[turn % 2];
+      const std::size_t bytes = turn == 40 ? 3000 : 64 * (1 + static_cast<std::size_t>(turn) % 5);
+      w.device->ring().upload(
+          stream, bytes, [&](std::byte* host) { std::memset(host, turn, bytes); },
+          [&](std::byte* device) {
+            int* const into = &found[static_cast<std::size_t>(turn)];
+            w.runtime->machine().run(w.runtime->lane_of(stream), {}, [into, device, bytes, turn] {
+              const bool right = std::all_of(device, device + bytes, [turn](std::byte b) {
+                return b == static_cast<std::byte>(turn);
+              });
+              *into = right ? turn : -2;
+            });
+          });
+    }
+    w.device->synchronize(streams[0]);
+    w.device->synchronize(streams[1]);
+    for (int turn = 0; turn < 64; ++turn) CHECK(found[static_cast<std::size_t>(turn)] == turn);
+    CHECK(w.device->ring().capacity() >= 3000);
+    CHECK((seed > 0 || w.device->ring().num_waits() > 0));
+    REQUIRE(w.runtime->destroy_stream(streams[1]) == 0);
+    w.check_nothing_left();
+  }
+}
+
+TEST_CASE("host memory is locked where it is used, ahead of that, or not at all") {
+  World w;
+  std::byte* const host = w.device->allocate_host(3 * 8192 + 100);
+  CHECK(w.runtime->num_registered_bytes() == w.device->ring().capacity());
+  std::vector<std::byte> memory(8192, std::byte{7});
+  const Stream stream = w.device->make_stream();
+  host[8192] = std::byte{9};  // what is there stays there
+  const CopyRun run{host + 2 * 8192 - 50, memory.data(), 100};
+  w.device->copy(stream, {&run, 1});
+  CHECK(w.runtime->num_registered_bytes() == w.device->ring().capacity() + 2 * 8192);
+  CHECK(host[8192] == std::byte{9});
+  w.runtime->limit_registered(w.runtime->num_registered_bytes());
+  const CopyRun last{host + 3 * 8192, memory.data(), 100};
+  w.device->copy(stream, {&last, 1});
+  CHECK(w.device->num_pageable_bytes() == 100);
+  const Event end = w.device->record(stream);
+  CHECK(w.device->wait(end) == Status::done);
+  CHECK(host[3 * 8192 + 99] == std::byte{7});
+  w.device->recycle(end);
+  w.device->free_host(host, 3 * 8192 + 100);
+  w.check_nothing_left();
+
+  auto runtime = std::make_shared<SimulatedRuntime>();
+  {
+    PinnedMemory ahead(runtime, 0, 10 * 4096 + 1, {.chunk_bytes = 4096});
+    for (int i = 0; i < 10'000 && runtime->num_registered_bytes() < ahead.bytes(); ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    CHECK(runtime->num_registered_bytes() == ahead.bytes());
+    ahead.lock_all();
+    CHECK(runtime->num_calls("cudaHostRegister") == 11);
+  }
+  {
+    PinnedMemory stopped(runtime, 0, std::size_t{4} << 20, {.chunk_bytes = 4096});
+  }
+  CHECK(runtime->num_registered_bytes() == 0);
+}
+
+TEST_CASE("the method of copying is the fastest that was measured, unless the caller says which") {
+  CopyMethods methods(true);
+  const std::vector<CopyRun> small(8, {nullptr, nullptr, 5000}),
+      large(8, {nullptr, nullptr, 3 << 20});
+  CHECK(methods.choose(Direction::out, small) == CopyMethod::batch);
+  methods.calibrate([](CopyMethod method, Direction direction, std::size_t piece) {
+    if (method == CopyMethod::kernel)
+      return direction == Direction::out && piece < 65536 ? 30e9 : 1e9;
+    return method == CopyMethod::batch ? 20e9 : piece > 65536 ? 25e9 : 2e9;
+  });
+  CHECK(methods.choose(Direction::out, small) == CopyMethod::kernel);
+  CHECK(methods.choose(Direction::in, small) == CopyMethod::batch);
+  CHECK(methods.choose(Direction::in, large) == CopyMethod::loop);
+  CHECK(methods.choose(Direction::out, {small.data(), 1}) == CopyMethod::loop);
+  CHECK(contains(methods.table(), "kernel"));
+  methods.always(CopyMethod::batch);
+  CHECK(methods.choose(Direction::out, large) == CopyMethod::batch);
+  methods.always(std::nullopt);
+  CHECK(methods.choose(Direction::out, small) == CopyMethod::kernel);
+
+  CopyMethods old(false);
+  CHECK(old.choose(Direction::in, small) == CopyMethod::loop);
+  CHECK_THROWS_AS(old.always(CopyMethod::batch), InvalidSpec);
+  old.calibrate([](CopyMethod method, Direction, std::size_t) {
+    REQUIRE(method != CopyMethod::batch);
+    return 1e9;
+  });
+}
+
+TEST_CASE("calibration tries every method in both directions, and gives everything back") {
+  for (const bool has_batch : {true, false}) {
+    World w(Schedule::random, 1, {}, has_batch);
+    const std::size_t registered = w.runtime->num_registered_bytes();
+    w.device->calibrate();
+    CHECK(w.runtime->num_calls("transfer_blocks") == 2 * 5 * 3);
+    CHECK(w.runtime->num_calls("cudaMemcpyBatchAsync") == (has_batch ? 2 * 5 * 3 : 0));
+    CHECK(w.runtime->num_registered_bytes() == registered);
+    w.runtime->fail("transfer_blocks", kOutOfMemory);
+    CHECK(contains(message([&] { w.device->calibrate(); }), "transfer_blocks"));
+    CHECK(w.runtime->num_registered_bytes() == registered);
+    w.check_nothing_left();
+  }
+}
+
+TEST_CASE("a batch is never asked for on the legacy stream") {
+  World w;
+  std::byte* const host = w.device->allocate_host(4096);
+  std::vector<std::byte> memory(4096, std::byte{7});
+  const std::vector<CopyRun> runs{{memory.data(), host, 10}, {memory.data() + 20, host + 20, 10}};
+  w.device->copy(w.device->compute_stream(), runs);
+  CHECK(w.runtime->num_calls("cudaMemcpyBatchAsync") == 0);
+  w.device->copy(w.device->make_stream(), runs);
+  CHECK(w.runtime->num_calls("cudaMemcpyBatchAsync") == 1);
+  w.device->close();
+  w.device->free_host(host, 4096);
+}
