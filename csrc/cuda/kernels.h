@@ -146,7 +146,7 @@ struct GatherKv {
   }
 };
 
-// Contiguous pieces between device memory and page-locked host memory, each up to `piece_bytes`.
+// Contiguous pieces between device memory and pinned host memory, each up to `piece_bytes`.
 struct TransferPiece {
   std::byte* to;
   const std::byte* from;

@@ -7,7 +7,7 @@
 namespace pagedkv {
 
 namespace {
-constexpr std::size_t kPage = 4096;
+constexpr std::size_t kOsPage = 4096;
 }
 
 PinnedMemory::PinnedMemory(std::shared_ptr<CudaRuntime> runtime, int device, std::size_t bytes,
@@ -78,16 +78,16 @@ void PinnedMemory::lock_chunk(std::size_t chunk) {
   num_ready_.store(ready, std::memory_order_release);
 }
 
-// Whoever writes to a page first has the system find memory for it: that is what takes the time.
-// Written is what was there, in one piece, since somebody may have been here before.
+// Whoever writes to an OS page first has the system find memory for it: that is what takes the
+// time. Written is what was there, in one piece, since somebody may have been here before.
 void PinnedMemory::touch(std::byte* begin, std::size_t bytes) const {
   const auto touch_part = [](std::byte* at, const std::byte* end) {
-    for (; at < end; at += kPage) {
+    for (; at < end; at += kOsPage) {
       std::atomic_ref(reinterpret_cast<unsigned char&>(*at)).fetch_or(0, std::memory_order_relaxed);
     }
   };
   const std::size_t parts = static_cast<std::size_t>(std::max(options_.num_touching, 1));
-  const std::size_t part = (bytes / parts + kPage) / kPage * kPage;
+  const std::size_t part = (bytes / parts + kOsPage) / kOsPage * kOsPage;
   std::vector<std::thread> threads;
   for (std::size_t at = part; at < bytes; at += part) {
     threads.emplace_back(touch_part, begin + at, begin + std::min(at + part, bytes));

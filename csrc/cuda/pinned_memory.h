@@ -1,6 +1,6 @@
-// Host memory that the GPU copies at full speed: mapped at once, and page-locked chunk by chunk.
+// Host memory that the GPU copies at full speed: mapped at once, and pinned chunk by chunk.
 //
-// Page-locking costs the time of touching every page, seconds for a large tier, so it is not done
+// Pinning costs the time of touching all of it, seconds for a large tier, so it is not done
 // before somebody waits for it: a helper thread goes through the chunks, in order, and whoever
 // needs a chunk before that locks it himself. A chunk that the system refuses to lock stays
 // pageable: the copies are right, and slower.
@@ -19,7 +19,7 @@ namespace pagedkv {
 
 struct PinnedOptions {
   std::size_t chunk_bytes = std::size_t{256} << 20;
-  int num_touching = 4;  // threads that touch a chunk's pages side by side
+  int num_touching = 4;  // threads that touch a chunk side by side
   bool ahead = true;     // lock chunks before they are needed, on a helper thread
 };
 

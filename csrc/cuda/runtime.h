@@ -55,7 +55,7 @@ class CudaRuntime {
 
   virtual int allocate(void** memory, std::size_t bytes) = 0;  // on the device
   virtual int free(void* memory) = 0;
-  // Page-locked, for all devices. Called from helper threads, too.
+  // Pinned, for all devices. Called from helper threads, too.
   virtual int register_host(void* memory, std::size_t bytes) = 0;
   virtual int unregister_host(void* memory) = 0;
 

@@ -28,7 +28,7 @@ class SimulatedRuntime final : public CudaRuntime {
   SimulatedDevice& machine() { return machine_; }
   // The k-th call of this function from now on returns `code`: 1 is the next.
   void fail(const std::string& function, int code, int k = 1);
-  // Bytes of host memory that may be page-locked.
+  // Bytes of host memory that may be pinned.
   void limit_registered(std::size_t bytes) { most_registered_ = bytes; }
 
   Stream lane_of(CudaStream stream) const { return lanes_.at(stream); }  // on the machine

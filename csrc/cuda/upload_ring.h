@@ -1,4 +1,4 @@
-// Small arrays on their way to the GPU: descriptors, tables, slots. A ring of page-locked memory
+// Small arrays on their way to the GPU: descriptors, tables, slots. A ring of pinned memory
 // and one of device memory beside it, byte for byte.
 //
 // A slice belongs to its user until the work that was queued with it has ended: an event says when.
