@@ -14,4 +14,5 @@ for sanitize in "" address,undefined thread; do
   "$bin/cmake" --build "$build" --target kv_tests kv_programs
   "$build/tests/cpp/kv_tests"
   "$build/tests/cpp/kv_programs" --seeds 3000
+  "$build/tests/cpp/kv_programs" --seeds 1000 --cuda
 done

@@ -13,6 +13,8 @@ build=$WORK/cpp-plain
 "$bin/cmake" --build "$build" --target kv_programs kv_mutants
 say "random programs"
 time "$build/tests/cpp/kv_programs" --seeds "${1:-100000}"
+say "random programs on a CUDA device with a simulated runtime"
+"$build/tests/cpp/kv_programs" --cuda --seeds 20000
 say "mutants"
 "$PYTHON" tests/cpp/run_mutants.py "$build/tests/cpp/kv_mutants"
 say "random programs through KVCache"

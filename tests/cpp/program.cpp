@@ -185,12 +185,12 @@ class Program : World {
   }
 
   void fault() {
-    if (chance(3)) {
+    if (chance(3) && !gpu_) {
       say("a copy will fail");
       device_->fail_copy(1 + below(2));
       may_fail_ = true;
     } else if (chance(2)) {
-      device_->use_compute_stream(below(2));
+      use_stream(below(2));
       say("other stream");
     } else {
       device_->hold_next();
@@ -201,7 +201,7 @@ class Program : World {
     say("finish");
     if (chance(4)) {  // in the middle of everything
       engine_->close();
-      device_->close();
+      close_device();
       return check_device();
     }
     while (engine_->num_in_flight() > 0) poll();
@@ -215,9 +215,10 @@ class Program : World {
     const Stats stats = manager_->stats();
     expect(stats.device.num_active == 0 && stats.host.num_active == 0, "nothing is held");
     engine_->close();
+    if (gpu_) gpu_->close();
     expect(device_->num_events() == 0, "every event was recycled");
     expect(device_->host_bytes() == 0, "the host tier was given back");
-    device_->close();
+    close_device();
     check_device();
   }
 

@@ -1,4 +1,5 @@
-// kv_programs [--seeds N] [--first N] [--threads N] [--skip-fence SITE] [--mutant SITE] [--trace]
+// kv_programs [--seeds N] [--first N] [--threads N] [--skip-fence SITE] [--mutant SITE] [--cuda]
+// [--trace]
 //
 // Runs random programs until one goes wrong; exit code 0 if none did, 1 if one did.
 #include <atomic>
@@ -36,6 +37,8 @@ int main(int argc, char** argv) {
       mutant_file = site.substr(0, site.find(':'));
       mutant_line = static_cast<unsigned>(std::atoi(site.c_str() + site.find(':') + 1));
 #endif
+    } else if (name == "--cuda") {
+      options.cuda = true;
     } else if (name == "--trace") {
       options.trace = true;
     } else {

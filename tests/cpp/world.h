@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "core/block_manager.h"
+#include "cuda/cuda_device.h"
+#include "cuda/simulated_runtime.h"
 #include "host/simulated_device.h"
 #include "paged_memory.h"
 #include "program.h"
@@ -41,14 +43,38 @@ class World {
     simulated.seed = options.seed;
     simulated.num_compute_streams = 2;
     simulated.granule_bytes = sizeof(Digest);
-    device_ = std::make_shared<SimulatedDevice>(simulated);
+    std::shared_ptr<Device> device;
+    if (options.cuda) {
+      auto runtime = std::make_shared<SimulatedRuntime>(simulated);
+      device_ = {runtime, &runtime->machine()};
+      device = gpu_ = std::make_shared<CudaDevice>(runtime, cuda_options());
+      gpu_->methods().always(kCopyMethods[static_cast<std::size_t>(below(3))]);
+    } else {
+      device = device_ = std::make_shared<SimulatedDevice>(simulated);
+    }
     if (options.skip) device_->skip(*options.skip);
     memory_ = std::make_unique<PagedMemory>(device_, config_.num_device_blocks, config_.block_size);
     EngineOptions engine;
     engine.num_device_blocks = static_cast<std::int32_t>(config_.num_device_blocks);
     engine.num_host_blocks = static_cast<std::int32_t>(config_.num_host_blocks);
     engine.max_in_flight = 1 + below(4);
-    engine_ = std::make_unique<TransferEngine>(device_, memory_->regions(), engine);
+    engine_ = std::make_unique<TransferEngine>(device, memory_->regions(), engine);
+  }
+
+  // Small, so that the ring wraps and chunks end within a region.
+  static CudaOptions cuda_options() {
+    return {.pinned = {.chunk_bytes = 4096, .num_touching = 1, .ahead = false}, .ring_bytes = 512};
+  }
+
+  // The caller goes on with one of the two streams that both kinds of machine have.
+  void use_stream(int k) {
+    device_->use_compute_stream(k);
+    if (gpu_) gpu_->use_stream(reinterpret_cast<CudaStream>(std::uintptr_t{2} * k));
+  }
+
+  void close_device() {
+    if (gpu_) gpu_->close();
+    device_->close();
   }
 
   int below(int n) { return static_cast<int>(random_() % static_cast<std::uint64_t>(n)); }
@@ -221,6 +247,7 @@ class World {
   std::mt19937_64 random_;
   Config config_;
   std::shared_ptr<SimulatedDevice> device_;
+  std::shared_ptr<CudaDevice> gpu_;  // on that device's runtime; null if it is used as it is
   std::unique_ptr<PagedMemory> memory_;
   std::unique_ptr<BlockManager> manager_;
   std::unique_ptr<TransferEngine> engine_;
