@@ -81,6 +81,7 @@ void CudaDevice::use_stream(CudaStream stream) {
     throw DeviceError("the current stream is one of device " + std::to_string(device) +
                       ", expected one of device " + std::to_string(options_.index));
   }
+  if (std::ranges::find(callers_, stream) == callers_.end()) callers_.push_back(stream);
   stream_ = stream;
 }
 
@@ -102,6 +103,11 @@ void CudaDevice::synchronize(CudaStream stream) {
   check_open();
   const Guard guard(*this);
   check(runtime_->synchronize(stream), "cudaStreamSynchronize");
+}
+
+void CudaDevice::synchronize_callers() {
+  for (const CudaStream stream : callers_) synchronize(stream);
+  callers_ = {stream_};
 }
 
 // -------------------------------------------------------------------------------------- copies
@@ -356,7 +362,9 @@ void CudaDevice::close() {
   for (const CudaStream stream : streams_) {
     end(runtime_->synchronize(stream), "cudaStreamSynchronize");
   }
-  end(runtime_->synchronize(stream_), "cudaStreamSynchronize");
+  for (const CudaStream stream : callers_) {
+    end(runtime_->synchronize(stream), "cudaStreamSynchronize");
+  }
   ring_.reset();
   for (const EventState& state : events_) {
     end(runtime_->destroy_event(state.event), "cudaEventDestroy");

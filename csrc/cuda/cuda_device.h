@@ -81,7 +81,9 @@ class CudaDevice final : public Device {
   CudaStream stream() const { return stream_; }
   void check(int code, const char* call);  // throws DeviceError; remembers a device that is lost
   void check_open() const;
+  bool is_open() const { return !closed_ && lost_.empty(); }  // else nothing is under way
   void synchronize(CudaStream stream);
+  void synchronize_callers();  // all streams that the caller was on
 
  private:
   struct EventState {
@@ -100,6 +102,7 @@ class CudaDevice final : public Device {
   const CudaOptions options_;
   const std::int64_t process_;
   CudaStream stream_ = nullptr;
+  std::vector<CudaStream> callers_{nullptr};  // that the caller was on since all were waited for
   std::vector<CudaStream> streams_;  // our own
   std::vector<EventState> events_;
   std::vector<std::size_t> free_events_;

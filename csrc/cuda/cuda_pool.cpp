@@ -33,12 +33,8 @@ CudaPool::CudaPool(std::shared_ptr<CudaDevice> device, std::vector<Region> regio
   }
 }
 
-CudaPool::~CudaPool() {
-  try {
-    const CudaDevice::Guard guard(*device_);
-    if (device_->runtime().free(regions_) != 0) device_->runtime().clear_error();
-  } catch (const DeviceError&) {  // lost, and its memory with it
-  }
+CudaPool::~CudaPool() {  // whichever device is current: the address says whose it is
+  if (device_->runtime().free(regions_) != 0) device_->runtime().clear_error();
 }
 
 void CudaPool::copy_blocks(std::span<const std::int32_t> copies) {
@@ -128,6 +124,8 @@ void CudaPool::gather(std::size_t region, const TableView& table, std::int32_t f
       });
 }
 
-void CudaPool::synchronize() { device_->synchronize(device_->stream()); }
+void CudaPool::synchronize() {
+  if (device_->is_open()) device_->synchronize_callers();
+}
 
 }  // namespace pagedkv
