@@ -159,14 +159,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A tiny inference engine over pagedkv.")
     parser.add_argument("--model", default="tiny", help="tiny, smollm2 or a Llama's folder")
     parser.add_argument("--mode", default="auto", choices=["auto", "swap", "recompute"])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:0")
     parser.add_argument("--device-blocks", type=int, default=24)
     parser.add_argument("--host-blocks", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=48)
     args = parser.parse_args()
     model = load(args.model, Console())
+    model.network.to(args.device)
     spec = pk.KVSpec.from_config(model.network.config, dtype=str(model.network.dtype))
     blocks = {"num_device_blocks": args.device_blocks, "num_host_blocks": args.host_blocks}
-    with pk.KVCache(spec, **blocks) as kv:
+    with pk.KVCache(spec, device=args.device, **blocks) as kv:
         engine, begin = Engine(model.network, kv, args.mode), time.perf_counter()
         found = engine.run(prompts(model), args.new_tokens)
         rate = sum(map(len, found)) / (time.perf_counter() - begin)

@@ -130,7 +130,8 @@ def beam_scene(prompt: torch.Tensor, num_beams: int, earlier: torch.Tensor | Non
 
 
 def generate(model: DemoModel, prompt: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
-    """A seeded generate(): [rows, T + new]."""
+    """A seeded generate(): [rows, T + new], in host memory, so that it has ended."""
+    prompt = prompt.to(model.network.device)
     torch.manual_seed(SEED)
     end = model.network.generation_config.eos_token_id
     padding = end[0] if isinstance(end, list) else end
@@ -142,7 +143,7 @@ def generate(model: DemoModel, prompt: torch.Tensor, cache: Any, **options: Any)
         pad_token_id=0 if padding is None else padding,
         **options,
     )
-    return sequences
+    return sequences.cpu()
 
 
 def run_dense(model: DemoModel, scene: Scene) -> Run:
@@ -199,7 +200,7 @@ def find_divergence(
         step = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
         common = torch.cat([prompt, torch.tensor([one[:step]], dtype=prompt.dtype)], dim=1)
         with torch.no_grad():
-            logits = model.network(common, use_cache=False).logits[0, -1]
+            logits = model.network(common.to(model.network.device), use_cache=False).logits[0, -1]
         largest, second = logits.float().topk(2).values.tolist()
         return Divergence(
             row,

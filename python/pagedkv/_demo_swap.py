@@ -90,7 +90,12 @@ def run_all(model: DemoModel) -> list[EngineRun]:
         ("by recompute", "recompute", few),
     ):
         run = EngineRun(title, prompts, num_blocks=num_blocks)
-        with KVCache(spec, num_device_blocks=num_blocks, num_host_blocks=plenty) as kv:
+        with KVCache(
+            spec,
+            device=model.network.device,
+            num_device_blocks=num_blocks,
+            num_host_blocks=plenty,
+        ) as kv:
             engine = _watched(run)(model.network, kv, mode)
             begin = time.perf_counter()
             run.tokens = engine.run(prompts, NEW_TOKENS)

@@ -6,6 +6,7 @@ Imports nothing heavy, so that the first line of output does not wait for torch.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pagedkv.errors import InvalidSpec
+from pagedkv.errors import DeviceError, InvalidSpec
+from pagedkv.info import collect
 from pagedkv.units import format_bytes
 
 if TYPE_CHECKING:
@@ -32,17 +34,44 @@ _ROUNDS = 3
 _FAILED = 2
 
 
+def _choose(device: str) -> str:
+    """The device that is meant, which exists. Does not import torch for the CPU."""
+    found = collect().cuda
+    if device == "auto":
+        device = "cuda:0" if found.devices else "cpu"
+    if device == "cpu":
+        return device
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise InvalidSpec(
+            f'device is "{device}", expected "auto", "cpu" or a CUDA device: "cuda:0"'
+        )
+    index = int(device.partition(":")[2] or 0)
+    if index >= len(found.devices):
+        raise DeviceError(f'device is "{device}", and there is none: {found.status}')
+    return f"cuda:{index}"
+
+
+def _describe(device: str) -> str:
+    """The first line: where it runs, and what was never run on a GPU."""
+    if device == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        return f"Device: cpu, {cores} cores. No part of pagedkv has run on a GPU yet."
+    name = collect().cuda.devices[int(device.partition(":")[2])]["name"]
+    return (
+        f"Device: {device}, {name}. pagedkv's CUDA code was tested on simulated devices only: "
+        "compare what it says."
+    )
+
+
 def run(model: str, device: str, out: Path) -> int:
     """Run the demo of `model` and write the picture of a block tree to `out`.
 
     Returns the exit code: 2, with a message, where the model or the picture's file cannot be had.
-    Raises InvalidSpec for a device that this version does not have.
+    Raises InvalidSpec for a device that is none, DeviceError for one that is not here.
     """
-    if device not in ("auto", "cpu"):
-        raise InvalidSpec(f'device is "{device}", expected "cpu": this version has no other device')
     console = Console(highlight=False)
-    cores = len(os.sched_getaffinity(0))
-    console.print(f"Device: cpu, {cores} cores. No part of pagedkv has run on a GPU yet.")
+    device = _choose(device)
+    console.print(_describe(device))
 
     with console.status("loading torch and transformers"):
         import pagedkv._demo_picture  # noqa: F401  a missing matplotlib is told now, not at the end
@@ -52,6 +81,7 @@ def run(model: str, device: str, out: Path) -> int:
     try:
         begin = time.perf_counter()
         loaded = load(model, console)
+        loaded.network.to(device)
         first, second = prompts(loaded)
         seconds = time.perf_counter() - begin
         console.print(f"Model: {escape(loaded.name)}, loaded in {seconds:.1f} s.")

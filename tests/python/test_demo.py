@@ -108,10 +108,18 @@ def test_the_first_line_comes_before_torch() -> None:
 # -- failures ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:1", "gpu"])
-def test_other_devices_are_refused(device: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("cuda:99", "there is none"),
+        ("gpu", "expected"),
+        ("meta", "expected"),
+        ("cuda:", "expected"),
+    ],
+)
+def test_devices_that_are_none_are_refused(device: str, says: str) -> None:
     run = run_demo("--model", "tiny", "--device", device)
-    check_fails(run, f'device is "{device}"', 'expected "cpu"')
+    check_fails(run, f'device is "{device}"', says)
     assert run.stdout == ""
 
 

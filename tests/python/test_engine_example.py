@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 
 import pagedkv as pk  # noqa: E402
 from pagedkv._demo_model import DemoModel, tiny_llama  # noqa: E402
-from pagedkv.testing import SimulatedDevice  # noqa: E402
+from pagedkv.testing import CudaDevice, SimulatedCuda, SimulatedDevice  # noqa: E402
 
 ENGINE = Path(__file__).parents[2] / "examples" / "engine.py"
 NEW = 40
@@ -97,6 +97,14 @@ def test_with_copies_that_run_late_and_out_of_order(seed: int, mode: str, schedu
     device = SimulatedDevice(seed, schedule=schedule)
     check(mode, 24, device)
     assert device.violations == []
+
+
+@pytest.mark.parametrize("schedule", ["random", "lazy"])
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_on_a_simulated_gpu(mode: str, schedule: Any) -> None:
+    cuda = SimulatedCuda(1, schedule=schedule)
+    check(mode, 24, CudaDevice(cuda))
+    assert cuda.violations == []
 
 
 def test_a_device_too_small_for_one_request_is_told() -> None:
