@@ -60,7 +60,7 @@ def info(
 def _cuda_line(cuda: CudaInfo) -> str:
     if not cuda.built:
         return "not built (build where nvcc is, or with -Ccmake.define.KV_CUDA=ON)"
-    return f"built with CUDA {cuda.runtime}; so far it tells devices only"
+    return f"built with CUDA {cuda.runtime}; not run on a GPU yet"
 
 
 @app.command()

@@ -42,9 +42,7 @@ def _choose(device: str) -> str:
     if device == "cpu":
         return device
     if not re.fullmatch(r"cuda(:\d+)?", device):
-        raise InvalidSpec(
-            f'device is "{device}", expected "auto", "cpu" or a CUDA device: "cuda:0"'
-        )
+        raise InvalidSpec(f'device is "{device}", expected "auto", "cpu" or "cuda:0"')
     index = int(device.partition(":")[2] or 0)
     if index >= len(found.devices):
         raise DeviceError(f'device is "{device}", and there is none: {found.status}')

@@ -113,7 +113,6 @@ def test_the_first_line_comes_before_torch() -> None:
     [
         ("cuda:99", "there is none"),
         ("gpu", "expected"),
-        ("meta", "expected"),
         ("cuda:", "expected"),
     ],
 )
