@@ -25,6 +25,7 @@ bool is_sticky(int code) {
   switch (code) {
     case 214:  // ECC error that cannot be corrected
     case 220:  // NVLink error
+    case 226:  // an error of the hardware, contained
     case 700:  // illegal address
     case 702:  // launch timed out
     case 709:  // context is destroyed
@@ -35,7 +36,9 @@ bool is_sticky(int code) {
     case 717:  // invalid address space
     case 718:  // invalid program counter
     case 719:  // launch failed
-    case 721:
+    case 721:  // tensor memory leak
+    case 810:  // MPS client terminated
+    case 911:  // external device
     case 999: return true;
     default: return false;
   }
