@@ -48,6 +48,15 @@ class UploadRing {
     release(slice, stream);
   }
 
+  // The same, but to device memory of the caller's, which is his to keep.
+  template <class Fill>
+  void send(CudaStream stream, std::byte* target, std::size_t bytes, Fill&& fill) {
+    const Slice slice = reserve(bytes);
+    fill(slice.host);
+    copy({slice.host, target, bytes}, stream);
+    release(slice, stream);
+  }
+
   std::size_t capacity() const { return bytes_; }
   std::int64_t num_waits() const { return num_waits_; }
 

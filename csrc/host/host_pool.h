@@ -27,6 +27,7 @@ class HostPool final : public Pool {
   void synchronize() override {}
 
   // What the calls above check first; std::invalid_argument says what is wrong.
+  const Region& region(std::size_t i) const;
   void check_copies(std::span<const std::int32_t> copies) const;
   void check_slots(std::size_t region, std::span<const std::int64_t> slots) const;
   void check_gather(std::size_t region, const TableView& table, std::int32_t first_block,
@@ -34,8 +35,6 @@ class HostPool final : public Pool {
                     std::int32_t width) const;
 
  private:
-  const Region& region(std::size_t i) const;
-
   std::vector<Region> regions_;
   std::int32_t num_blocks_;
   std::int32_t block_size_;

@@ -36,13 +36,20 @@ class Pool {
   virtual void scatter(std::size_t region, std::span<const std::int64_t> slots,
                        const std::byte* source, std::int64_t source_stride) = 0;
 
+  // A layer's keys and values, which are regions 2 * layer and 2 * layer + 1.
+  virtual void write(std::size_t layer, std::span<const std::int64_t> slots, const std::byte* k,
+                     std::int64_t k_stride, const std::byte* v, std::int64_t v_stride) {
+    scatter(2 * layer, slots, k, k_stride);
+    scatter(2 * layer + 1, slots, v, v_stride);
+  }
+
   // For each row b, num_tokens[b] tokens from block first_block of it on. The target is dense,
   // [rows, num_heads, width, token_bytes / num_heads], zeros past each row's tokens.
   virtual void gather(std::size_t region, const TableView& table, std::int32_t first_block,
                       std::span<const std::int32_t> num_tokens, std::int32_t num_heads,
                       std::int32_t width, std::byte* target) = 0;
 
-  // Returns when all that these calls queued has ended.
+  // Returns when all that these calls queued on the caller's stream has ended.
   virtual void synchronize() = 0;
 };
 

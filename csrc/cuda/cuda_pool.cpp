@@ -1,0 +1,133 @@
+#include "cuda/cuda_pool.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cuda/kernels.h"
+
+namespace pagedkv {
+
+CudaPool::CudaPool(std::shared_ptr<CudaDevice> device, std::vector<Region> regions,
+                   std::int32_t num_blocks, std::int32_t block_size, const StepShape& shape,
+                   std::byte* step_memory)
+    : device_(std::move(device)),
+      checks_(std::move(regions), num_blocks, block_size),
+      step_(device_, shape, step_memory) {
+  Alignment all;
+  for (const Region& region : checks_.regions()) {
+    all.with(region);
+    largest_block_bytes_ = std::max(largest_block_bytes_, region.token_bytes * block_size);
+  }
+  word_bytes_ = all.word_bytes();
+  const CudaDevice::Guard guard(*device_);
+  const std::size_t bytes = checks_.regions().size() * sizeof(Region);
+  device_->check(device_->runtime().allocate(&regions_, bytes), "cudaMalloc");
+  try {
+    device_->ring().send(
+        device_->stream(), static_cast<std::byte*>(regions_), bytes,
+        [&](std::byte* host) { std::memcpy(host, checks_.regions().data(), bytes); });
+    device_->synchronize(device_->stream());  // as the next call may be on another stream
+  } catch (...) {
+    if (device_->runtime().free(regions_) != 0) device_->runtime().clear_error();
+    throw;
+  }
+}
+
+CudaPool::~CudaPool() {
+  try {
+    const CudaDevice::Guard guard(*device_);
+    if (device_->runtime().free(regions_) != 0) device_->runtime().clear_error();
+  } catch (const DeviceError&) {  // lost, and its memory with it
+  }
+}
+
+void CudaPool::copy_blocks(std::span<const std::int32_t> copies) {
+  checks_.check_copies(copies);
+  if (copies.empty()) return;
+  const CudaDevice::Guard guard(*device_);
+  device_->ring().upload(
+      device_->stream(), copies.size_bytes(),
+      [&](std::byte* host) { std::memcpy(host, copies.data(), copies.size_bytes()); },
+      [&](std::byte* up) {
+        const CopyBlocks kernel = CopyBlocks::make(
+            static_cast<const Region*>(regions_),
+            static_cast<std::int32_t>(checks_.regions().size()),
+            reinterpret_cast<const std::int32_t*>(up), static_cast<std::int32_t>(copies.size() / 3),
+            largest_block_bytes_, word_bytes_);
+        device_->check(device_->runtime().launch(kernel, device_->stream()), "copy_blocks");
+      });
+}
+
+void CudaPool::scatter(const ScatterKv::Part* parts, int num_parts,
+                       std::span<const std::int64_t> slots) {
+  if (slots.empty()) return;
+  device_->check_open();
+  const CudaDevice::Guard guard(*device_);
+  const auto launch = [&](const std::int64_t* at) {
+    const ScatterKv kernel = ScatterKv::make(
+        parts, num_parts, at, static_cast<std::int64_t>(slots.size()), checks_.block_size());
+    device_->check(device_->runtime().launch(kernel, device_->stream()), "scatter_kv");
+  };
+  if (const std::int64_t* there = step_.on_device(slots.data())) return launch(there);
+  checks_.check_slots(0, slots);
+  device_->ring().upload(
+      device_->stream(), slots.size_bytes(),
+      [&](std::byte* host) { std::memcpy(host, slots.data(), slots.size_bytes()); },
+      [&](std::byte* up) { launch(reinterpret_cast<const std::int64_t*>(up)); });
+}
+
+void CudaPool::scatter(std::size_t region, std::span<const std::int64_t> slots,
+                       const std::byte* source, std::int64_t source_stride) {
+  const ScatterKv::Part part{checks_.region(region), source, source_stride};
+  scatter(&part, 1, slots);
+}
+
+void CudaPool::write(std::size_t layer, std::span<const std::int64_t> slots, const std::byte* k,
+                     std::int64_t k_stride, const std::byte* v, std::int64_t v_stride) {
+  const ScatterKv::Part parts[] = {{checks_.region(2 * layer), k, k_stride},
+                                   {checks_.region(2 * layer + 1), v, v_stride}};
+  scatter(parts, 2, slots);
+}
+
+void CudaPool::gather(std::size_t region, const TableView& table, std::int32_t first_block,
+                      std::span<const std::int32_t> num_tokens, std::int32_t num_heads,
+                      std::int32_t width, std::byte* target) {
+  if (table.num_rows == 0 || width == 0) return;
+  const std::int32_t* cells = step_.on_device(table.cells);
+  const std::int32_t* tokens = step_.on_device(num_tokens.data());
+  if (cells == nullptr || tokens == nullptr) {
+    checks_.check_gather(region, table, first_block, num_tokens, num_heads, width);
+  }
+  device_->check_open();
+  const CudaDevice::Guard guard(*device_);
+  const auto launch = [&](const TableView& view, const std::int32_t* lengths) {
+    const GatherKv kernel = GatherKv::make(checks_.region(region), view, first_block, lengths,
+                                           num_heads, width, checks_.block_size(), target);
+    device_->check(device_->runtime().launch(kernel, device_->stream()), "gather_kv");
+  };
+  const std::size_t row = cells != nullptr ? 0 : static_cast<std::size_t>(table.width);
+  const std::size_t num_cells = row * static_cast<std::size_t>(table.num_rows);
+  if (cells != nullptr && tokens != nullptr) {
+    return launch({cells, table.stride, table.num_rows, table.width}, tokens);
+  }
+  device_->ring().upload(
+      device_->stream(), (num_cells + num_tokens.size()) * sizeof(std::int32_t),
+      [&](std::byte* host) {
+        std::memcpy(host, num_tokens.data(), num_tokens.size_bytes());
+        host += num_tokens.size_bytes();
+        for (std::int32_t b = 0; row > 0 && b < table.num_rows; ++b, host += 4 * row) {
+          std::memcpy(host, table.cells + b * table.stride, 4 * row);
+        }
+      },
+      [&](std::byte* up) {
+        const auto* lengths = reinterpret_cast<const std::int32_t*>(up);
+        if (cells != nullptr) {
+          return launch({cells, table.stride, table.num_rows, table.width}, lengths);
+        }
+        launch({lengths + num_tokens.size(), table.width, table.num_rows, table.width}, lengths);
+      });
+}
+
+void CudaPool::synchronize() { device_->synchronize(device_->stream()); }
+
+}  // namespace pagedkv

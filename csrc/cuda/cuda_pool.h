@@ -1,0 +1,49 @@
+// The pool of a CUDA device: what a step does is launched on the caller's stream, and nobody waits.
+//
+// Tensors are the device's: they have to stay what they are until the stream has come past, as with
+// any kernel. Arrays that tell where (slots, tables, ...) are the host's. Those of the plan that
+// begin_step() got are on the device already; others are checked, and go up with the call.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cuda/cuda_device.h"
+#include "cuda/step_memory.h"
+#include "host/host_pool.h"
+
+namespace pagedkv {
+
+class CudaPool final : public Pool {
+ public:
+  // Blocks 0 .. num_blocks - 1 exist in every region. `step_memory` is device memory of
+  // StepMemory::bytes(shape) bytes.
+  CudaPool(std::shared_ptr<CudaDevice> device, std::vector<Region> regions, std::int32_t num_blocks,
+           std::int32_t block_size, const StepShape& shape, std::byte* step_memory);
+  ~CudaPool() override;
+
+  void begin_step(const StepPlan& plan) { step_.upload(plan); }
+  StepMemory& step() { return step_; }
+
+  void copy_blocks(std::span<const std::int32_t> copies) override;
+  void scatter(std::size_t region, std::span<const std::int64_t> slots, const std::byte* source,
+               std::int64_t source_stride) override;
+  void write(std::size_t layer, std::span<const std::int64_t> slots, const std::byte* k,
+             std::int64_t k_stride, const std::byte* v, std::int64_t v_stride) override;
+  void gather(std::size_t region, const TableView& table, std::int32_t first_block,
+              std::span<const std::int32_t> num_tokens, std::int32_t num_heads, std::int32_t width,
+              std::byte* target) override;
+  void synchronize() override;
+
+ private:
+  void scatter(const ScatterKv::Part* parts, int num_parts, std::span<const std::int64_t> slots);
+
+  const std::shared_ptr<CudaDevice> device_;
+  const HostPool checks_;  // of blocks, slots and shapes; touches no memory
+  std::int64_t largest_block_bytes_ = 0;
+  int word_bytes_ = 16;
+  void* regions_ = nullptr;  // on the device
+  StepMemory step_;
+};
+
+}  // namespace pagedkv

@@ -1,0 +1,158 @@
+#include "cuda/step_memory.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace pagedkv {
+
+namespace {
+
+constexpr std::size_t kAlign = 64;
+
+std::size_t round_up(std::size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+std::size_t table_bytes(const StepShape& shape) {
+  return round_up(sizeof(std::int32_t) * static_cast<std::size_t>(shape.max_batch) *
+                  static_cast<std::size_t>(shape.table_stride));
+}
+
+// Offsets behind the tables. A step of one token for each sequence, or fewer, has always the same.
+struct Offsets {
+  std::size_t query_starts = 0;
+  std::size_t seq_lens;
+  std::size_t input_ids;
+  std::size_t slots;
+  std::size_t positions;
+  std::size_t end;
+
+  Offsets(const StepShape& shape, std::int64_t num_tokens) {
+    const auto batch = static_cast<std::size_t>(shape.max_batch);
+    const auto tokens =
+        static_cast<std::size_t>(std::max<std::int64_t>(num_tokens, shape.max_batch));
+    seq_lens = round_up(sizeof(std::int32_t) * (batch + 1));
+    input_ids = seq_lens + round_up(sizeof(std::int32_t) * batch);
+    slots = input_ids + round_up(sizeof(std::int64_t) * tokens);
+    positions = slots + round_up(sizeof(std::int64_t) * tokens);
+    end = positions + round_up(sizeof(std::int64_t) * tokens);
+  }
+};
+
+}  // namespace
+
+std::size_t StepMemory::bytes(const StepShape& shape) {
+  return table_bytes(shape) + Offsets(shape, shape.max_tokens).end;
+}
+
+StepMemory::StepMemory(std::shared_ptr<CudaDevice> device, const StepShape& shape,
+                       std::byte* memory)
+    : device_(std::move(device)),
+      shape_(shape),
+      memory_(memory),
+      row_is_right_(static_cast<std::size_t>(shape.max_batch), 0) {}
+
+void StepMemory::place(Array array, const void* host, std::byte* device, std::size_t bytes) {
+  arrays_[static_cast<int>(array)] = {static_cast<const std::byte*>(host), device, bytes};
+}
+
+std::byte* StepMemory::address(Array array) const {
+  return arrays_[static_cast<int>(array)].device;
+}
+
+const std::byte* StepMemory::find(const std::byte* host) const {
+  for (const Placed& array : arrays_) {
+    if (array.device == nullptr || host < array.host || host >= array.host + array.bytes) continue;
+    return array.device + (host - array.host);
+  }
+  return nullptr;
+}
+
+void StepMemory::forget() { std::ranges::fill(row_is_right_, std::uint8_t{0}); }
+
+// The rows that changed, and whole those that are not what the plan takes them for.
+void StepMemory::list_updates(const StepPlan& plan) {
+  updates_.clear();
+  num_cells_ = 0;
+  const auto add = [&](std::int32_t row, std::int32_t first, std::int32_t last) {
+    updates_.push_back({row, first, last, static_cast<std::int32_t>(num_cells_)});
+    num_cells_ += last - first;
+  };
+  for (const TableUpdate& update : plan.table_updates) {
+    if (row_is_right_[static_cast<std::size_t>(update.row)]) {
+      add(update.row, update.first, update.last);
+    }
+  }
+  for (std::int32_t row = 0; row < plan.batch_size; ++row) {
+    if (!row_is_right_[static_cast<std::size_t>(row)]) add(row, 0, plan.table_width);
+  }
+}
+
+void StepMemory::upload(const StepPlan& plan) {
+  if (plan.step != last_step_ + 1) forget();  // a plan came in between that went elsewhere
+  last_step_ = plan.step;
+  for (Placed& array : arrays_) array = {};
+  list_updates(plan);
+
+  const bool with_tokens = plan.num_tokens <= shape_.max_tokens;
+  const Offsets at(shape_, with_tokens ? plan.num_tokens : 0);
+  const auto batch = static_cast<std::size_t>(plan.batch_size);
+  const auto tokens = with_tokens ? static_cast<std::size_t>(plan.num_tokens) : 0;
+  std::byte* const arrays = memory_ + table_bytes(shape_);
+  CudaDevice& device = *device_;
+  const CudaStream stream = device.stream();
+  try {
+    const CudaDevice::Guard guard(device);
+    device.ring().send(stream, arrays, with_tokens ? at.end : at.input_ids, [&](std::byte* host) {
+      const auto copy = [&](std::size_t offset, const auto* from, std::size_t count) {
+        if (from != nullptr) std::memcpy(host + offset, from, count * sizeof *from);
+      };
+      copy(at.query_starts, plan.query_starts, batch + 1);
+      copy(at.seq_lens, plan.seq_lens, batch);
+      if (plan.has_tokens) copy(at.input_ids, plan.input_ids, tokens);
+      copy(at.slots, plan.slots, tokens);
+      copy(at.positions, plan.positions, tokens);
+    });
+    if (num_cells_ > 0) {
+      const std::size_t header = round_up(updates_.size() * sizeof(TableCells));
+      std::int64_t most = 0;
+      for (const TableCells& u : updates_) most = std::max<std::int64_t>(most, u.last - u.first);
+      device.ring().upload(
+          stream, header + static_cast<std::size_t>(num_cells_) * sizeof(std::int32_t),
+          [&](std::byte* host) {
+            std::memcpy(host, updates_.data(), updates_.size() * sizeof(TableCells));
+            auto* cells = reinterpret_cast<BlockId*>(host + header);
+            for (const TableCells& u : updates_) {
+              const BlockId* row =
+                  plan.block_tables + std::int64_t{u.row} * plan.table_stride + u.first;
+              std::copy_n(row, u.last - u.first, cells + u.start);
+            }
+          },
+          [&](std::byte* up) {
+            device.check(device.runtime().launch(
+                             UpdateTables::make(reinterpret_cast<const TableCells*>(up),
+                                                static_cast<std::int64_t>(updates_.size()), most,
+                                                reinterpret_cast<const std::int32_t*>(up + header),
+                                                reinterpret_cast<std::int32_t*>(tables()),
+                                                shape_.table_stride),
+                             stream),
+                         "update_tables");
+          });
+    }
+  } catch (...) {
+    forget();
+    throw;
+  }
+  std::fill_n(row_is_right_.begin(), plan.batch_size, std::uint8_t{1});
+  const auto rows = batch * static_cast<std::size_t>(plan.table_stride);
+  place(Array::block_tables, plan.block_tables, tables(), rows * sizeof(BlockId));
+  place(Array::query_starts, plan.query_starts, arrays + at.query_starts,
+        (batch + 1) * sizeof(std::int32_t));
+  place(Array::seq_lens, plan.seq_lens, arrays + at.seq_lens, batch * sizeof(std::int32_t));
+  if (!with_tokens) return;
+  place(Array::slots, plan.slots, arrays + at.slots, tokens * sizeof(std::int64_t));
+  place(Array::positions, plan.positions, arrays + at.positions, tokens * sizeof(std::int64_t));
+  if (plan.has_tokens) {
+    place(Array::input_ids, plan.input_ids, arrays + at.input_ids, tokens * sizeof(std::int64_t));
+  }
+}
+
+}  // namespace pagedkv

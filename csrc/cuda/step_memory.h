@@ -1,0 +1,70 @@
+// A step's arrays on the GPU, at addresses that stay: what StepPlan says, for kernels and for the
+// caller's tensors.
+//
+// The arrays go up in one copy. The block tables are changed where the plan says that they changed;
+// once a plan was not carried out, no row is trusted before it has gone up whole. A step of more
+// tokens than `max_tokens` keeps its token arrays on the host, and says so.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "core/plan.h"
+#include "cuda/cuda_device.h"
+#include "cuda/kernels.h"
+
+namespace pagedkv {
+
+struct StepShape {
+  std::int32_t max_batch;
+  std::int64_t max_tokens;
+  std::int32_t table_stride;
+};
+
+class StepMemory {
+ public:
+  enum class Array { input_ids, slots, positions, query_starts, seq_lens, block_tables };
+
+  // Bytes of device memory that such steps take.
+  static std::size_t bytes(const StepShape& shape);
+
+  StepMemory(std::shared_ptr<CudaDevice> device, const StepShape& shape, std::byte* memory);
+
+  // Queues the plan's arrays on the caller's stream. The last one's are gone then.
+  void upload(const StepPlan& plan);
+  // The plan that was last appended is not going to be carried out.
+  void forget();
+
+  // Where an array of the last plan is on the device; null if it has stayed on the host.
+  std::byte* address(Array array) const;
+  // The same for a pointer into an array of the last plan; null for any other.
+  template <class T>
+  const T* on_device(const T* host) const {
+    return reinterpret_cast<const T*>(find(reinterpret_cast<const std::byte*>(host)));
+  }
+
+ private:
+  struct Placed {  // an array of the last plan
+    const std::byte* host = nullptr;
+    std::byte* device = nullptr;
+    std::size_t bytes = 0;
+  };
+
+  const std::byte* find(const std::byte* host) const;
+  std::byte* tables() const { return memory_; }
+  void place(Array array, const void* host, std::byte* device, std::size_t bytes);
+  void list_updates(const StepPlan& plan);
+
+  const std::shared_ptr<CudaDevice> device_;
+  const StepShape shape_;
+  std::byte* const memory_;
+  Placed arrays_[6];
+  std::int64_t last_step_ = 0;
+  std::vector<std::uint8_t> row_is_right_;
+  std::vector<TableCells> updates_;
+  std::int64_t num_cells_ = 0;
+};
+
+}  // namespace pagedkv

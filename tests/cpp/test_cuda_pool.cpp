@@ -1,0 +1,238 @@
+// The pool of a CUDA device on a simulated runtime: beside the host pool, and under a manager.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "core/block_manager.h"
+#include "cuda/cuda_pool.h"
+#include "cuda/simulated_runtime.h"
+
+using namespace pagedkv;
+
+namespace {
+
+constexpr std::int32_t kBlocks = 12;
+constexpr std::int32_t kBlockSize = 4;
+constexpr std::int64_t kTokenBytes = 48;
+constexpr std::int32_t kRegions = 4;
+constexpr StepShape kShape{8, 20, 16};
+
+struct World {
+  explicit World(std::uint64_t seed)
+      : runtime(std::make_shared<SimulatedRuntime>(SimulatedOptions{
+            .schedule = seed == 0 ? Schedule::lazy : Schedule::random, .seed = seed})),
+        device(std::make_shared<CudaDevice>(
+            runtime, CudaOptions{.pinned = {.ahead = false}, .ring_bytes = 2048})),
+        random(seed),
+        step_memory(StepMemory::bytes(kShape) + 64) {
+    for (int i = 0; i < 2; ++i) {
+      memory[i].resize(kRegions * kBlocks * kBlockSize * kTokenBytes / sizeof(std::uint64_t));
+    }
+    for (std::uint64_t& word : memory[0]) word = random();
+    memory[1] = memory[0];
+    auto aligned = (reinterpret_cast<std::uintptr_t>(step_memory.data()) + 63) / 64 * 64;
+    pool = std::make_unique<CudaPool>(device, regions(0), kBlocks, kBlockSize, kShape,
+                                      reinterpret_cast<std::byte*>(aligned));
+    host = std::make_unique<HostPool>(regions(1), kBlocks, kBlockSize);
+  }
+
+  std::vector<Region> regions(int which) {
+    std::vector<Region> list;
+    auto* base = reinterpret_cast<std::byte*>(memory[which].data());
+    for (std::int32_t r = 0; r < kRegions; ++r) {
+      list.push_back(
+          {base + r * kBlockSize * kTokenBytes, kRegions * kBlockSize * kTokenBytes, kTokenBytes});
+    }
+    return list;
+  }
+
+  void other_stream() {  // as a caller does who orders his streams himself
+    device->synchronize(device->stream());
+    device->use_stream(reinterpret_cast<CudaStream>(std::uintptr_t{random() % 2 * 2}));
+  }
+
+  std::int32_t below(std::int32_t n) {
+    return static_cast<std::int32_t>(random() % static_cast<std::uint64_t>(n));
+  }
+
+  void check_nothing_left() {
+    pool->synchronize();
+    pool.reset();
+    device->close();
+    CHECK(runtime->num_allocations() == 0);
+    CHECK(runtime->num_events() == 0);
+    CHECK(runtime->num_registered_bytes() == 0);
+    CHECK(runtime->machine().violations().empty());
+  }
+
+  std::shared_ptr<SimulatedRuntime> runtime;
+  std::shared_ptr<CudaDevice> device;
+  std::mt19937_64 random;
+  std::vector<std::uint64_t> memory[2];
+  std::vector<std::byte> step_memory;
+  std::unique_ptr<CudaPool> pool;
+  std::unique_ptr<HostPool> host;
+};
+
+}  // namespace
+
+TEST_CASE("a CUDA pool ends as the host pool, however late its kernels run") {
+  for (std::uint64_t seed = 0; seed < 60; ++seed) {
+    CAPTURE(seed);
+    World w(seed);
+    std::vector<std::vector<std::byte>> sources, found, expected;
+    for (int turn = 0; turn < 30; ++turn) {
+      if (w.below(6) == 0) w.other_stream();
+      const int what = w.below(3);
+      if (what == 0) {
+        const std::vector<std::int32_t> copies{w.below(6), 6 + w.below(3), w.below(kBlockSize + 1),
+                                               w.below(6), 9 + w.below(3), w.below(kBlockSize + 1)};
+        w.pool->copy_blocks(copies);
+        w.host->copy_blocks(copies);
+      } else if (what == 1) {
+        std::vector<std::int64_t> slots(kBlocks * kBlockSize);
+        std::iota(slots.begin(), slots.end(), 0);
+        std::ranges::shuffle(slots, w.random);
+        slots.resize(static_cast<std::size_t>(w.below(20)));
+        sources.emplace_back(slots.size() * 2 * kTokenBytes + 1);
+        for (std::byte& b : sources.back()) b = static_cast<std::byte>(w.random());
+        const std::byte* k = sources.back().data();
+        const std::byte* v = k + kTokenBytes;
+        const auto layer = static_cast<std::size_t>(w.below(2));
+        w.pool->write(layer, slots, k, 2 * kTokenBytes, v, 2 * kTokenBytes);
+        w.host->write(layer, slots, k, 2 * kTokenBytes, v, 2 * kTokenBytes);
+        w.pool->scatter(3, slots, k, 2 * kTokenBytes);
+        w.host->scatter(3, slots, k, 2 * kTokenBytes);
+        std::ranges::fill(slots, -1);  // they are the caller's again
+      } else {
+        std::vector<std::int32_t> table(3 * 5), tokens(3);
+        for (std::int32_t& cell : table) cell = w.below(kBlocks);
+        for (std::int32_t& n : tokens) n = w.below(4 * kBlockSize + 1);
+        const std::int32_t width = *std::ranges::max_element(tokens);
+        for (auto* target : {&found, &expected}) {
+          target->emplace_back(static_cast<std::size_t>(3 * width * kTokenBytes));
+        }
+        const TableView view{table.data(), 5, 3, 5};
+        w.pool->gather(1, view, 1, tokens, 2, width, found.back().data());
+        w.host->gather(1, view, 1, tokens, 2, width, expected.back().data());
+        std::ranges::fill(table, -1);
+      }
+    }
+    w.pool->synchronize();
+    CHECK(w.memory[0] == w.memory[1]);
+    CHECK(found == expected);
+    w.check_nothing_left();
+  }
+}
+
+TEST_CASE("what is outside the pool is refused before anything is queued") {
+  World w(1);
+  const std::vector<std::byte> source(64);
+  const std::int64_t slots[] = {kBlocks * kBlockSize};
+  const std::int32_t copies[] = {0, kBlocks, 1};
+  const std::int32_t table[] = {kBlocks}, tokens[] = {1};
+  CHECK_THROWS_AS(w.pool->scatter(0, slots, source.data(), 48), std::invalid_argument);
+  CHECK_THROWS_AS(w.pool->scatter(4, slots, source.data(), 48), std::invalid_argument);
+  CHECK_THROWS_AS(w.pool->copy_blocks(copies), std::invalid_argument);
+  std::byte target[48];
+  CHECK_THROWS_AS(w.pool->gather(0, {table, 1, 1, 1}, 0, tokens, 1, 1, target),
+                  std::invalid_argument);
+  CHECK(w.runtime->num_calls("scatter_kv") == 0);
+  CHECK(w.runtime->num_calls("copy_blocks") == 0);
+  CHECK(w.runtime->num_calls("gather_kv") == 0);
+  w.check_nothing_left();
+}
+
+TEST_CASE("a pool whose memory is refused leaves nothing behind") {
+  for (const char* function : {"cudaMalloc", "cudaMemcpyAsync", "cudaEventRecord"}) {
+    World w(1);
+    w.runtime->fail(function, 2);
+    CHECK_THROWS_AS(CudaPool(w.device, w.regions(0), kBlocks, kBlockSize, kShape, nullptr),
+                    DeviceError);
+    w.check_nothing_left();
+  }
+}
+
+TEST_CASE("a step's arrays on the device are the plan's, whatever happened to the step before") {
+  for (std::uint64_t seed = 0; seed < 60; ++seed) {
+    CAPTURE(seed);
+    World w(seed);
+    BlockManager manager({.num_device_blocks = 60,
+                          .block_size = kBlockSize,
+                          .max_batch = kShape.max_batch,
+                          .max_model_len = kShape.table_stride * kBlockSize});
+    std::vector<SequenceId> ids;
+    int num_uploads = 0;
+    for (int turn = 0; turn < 60; ++turn) {
+      while (ids.size() < 6) ids.push_back(manager.create_anonymous());
+      std::ranges::shuffle(ids, w.random);
+      const std::vector<SequenceId> batch(ids.begin(), ids.begin() + 1 + w.below(6));
+      std::vector<std::int64_t> counts(batch.size());
+      for (std::int64_t& n : counts) n = w.below(5) == 0 ? 4 + w.below(3) : 1;
+      std::vector<Token> tokens(
+          static_cast<std::size_t>(std::accumulate(counts.begin(), counts.end(), std::int64_t{0})));
+      for (Token& t : tokens) t = w.below(100);
+      const StepPlan* plan = nullptr;
+      try {
+        plan = &manager.append(batch, tokens, true, counts);
+      } catch (const Error&) {  // too long, or no block is left
+        manager.release(ids);
+        ids.clear();
+        continue;
+      }
+      const int fate = w.below(8);
+      if (fate == 0) {  // it never gets here
+        manager.rollback(plan->step);
+        continue;
+      }
+      if (fate == 1) w.runtime->fail(w.below(2) ? "cudaMemcpyAsync" : "update_tables", 2);
+      try {
+        w.pool->begin_step(*plan);
+      } catch (const DeviceError&) {
+        manager.rollback(plan->step);
+        continue;
+      }
+      ++num_uploads;
+      w.pool->synchronize();
+      const StepMemory& step = w.pool->step();
+      const auto same = [&](StepMemory::Array array, const auto* host, std::size_t count) {
+        const std::byte* there = step.address(array);
+        return there != nullptr && step.on_device(host) != nullptr &&
+               std::memcmp(there, host, count * sizeof *host) == 0;
+      };
+      const auto b = static_cast<std::size_t>(plan->batch_size);
+      const auto t = static_cast<std::size_t>(plan->num_tokens);
+      CHECK(same(StepMemory::Array::query_starts, plan->query_starts, b + 1));
+      CHECK(same(StepMemory::Array::seq_lens, plan->seq_lens, b));
+      if (plan->num_tokens <= kShape.max_tokens) {
+        CHECK(same(StepMemory::Array::slots, plan->slots, t));
+        CHECK(same(StepMemory::Array::positions, plan->positions, t));
+        CHECK(same(StepMemory::Array::input_ids, plan->input_ids, t));
+      } else {
+        CHECK(step.address(StepMemory::Array::slots) == nullptr);
+        CHECK(step.on_device(plan->slots) == nullptr);
+      }
+      for (std::size_t row = 0; row < b; ++row) {
+        const auto* cells =
+            reinterpret_cast<const BlockId*>(step.address(StepMemory::Array::block_tables)) +
+            row * kShape.table_stride;
+        const BlockId* host =
+            plan->block_tables + row * static_cast<std::size_t>(plan->table_stride);
+        const std::int32_t blocks = (plan->seq_lens[row] + kBlockSize - 1) / kBlockSize;
+        CHECK(std::equal(host, host + blocks, cells));
+      }
+      if (w.below(4) == 0) {
+        manager.rollback(plan->step);
+      } else {
+        manager.commit(plan->step, {}, false);
+      }
+    }
+    CHECK(num_uploads > 20);
+    w.check_nothing_left();
+  }
+}
