@@ -48,7 +48,7 @@ CudaDevice::CudaDevice(std::shared_ptr<CudaRuntime> runtime, const CudaOptions& 
 }
 
 CudaDevice::~CudaDevice() {
-  if (process_ != ::getpid()) {  // all of it is the parent's
+  if (is_parents()) {  // all of it is the parent's
     for (auto& memory : host_) memory->leave();
     static_cast<void>(ring_.release());
     return;
@@ -65,8 +65,10 @@ void CudaDevice::check(int code, const char* call) {
   pagedkv::check(*runtime_, code, call);
 }
 
+bool CudaDevice::is_parents() const { return process_ != ::getpid(); }
+
 void CudaDevice::check_open() const {
-  if (process_ != ::getpid()) throw DeviceError("CUDA does not survive fork(): use spawn");
+  if (is_parents()) throw DeviceError("CUDA does not survive fork(): use spawn");
   if (closed_) throw DeviceError("the CUDA device is closed");
   if (!lost_.empty()) throw DeviceError("the CUDA device is lost: " + lost_);
 }
@@ -215,7 +217,7 @@ std::byte* CudaDevice::allocate_host(std::size_t bytes) {
 }
 
 void CudaDevice::free_host(std::byte* memory, std::size_t) {
-  if (process_ != ::getpid()) return;
+  if (is_parents()) return;
   const Guard guard(*this, std::nothrow);
   const auto found =
       std::ranges::find_if(host_, [&](const auto& h) { return h->data() == memory; });
@@ -239,7 +241,7 @@ std::size_t CudaDevice::num_pageable_bytes() const {
 // -------------------------------------------------------------------------------------- closing
 
 void CudaDevice::close() {
-  if (process_ != ::getpid()) throw DeviceError("CUDA does not survive fork(): use spawn");
+  if (is_parents()) throw DeviceError("CUDA does not survive fork(): use spawn");
   if (std::exchange(closed_, true)) return;
   std::string failed;
   const auto end = [&](int code, const char* call) {

@@ -85,6 +85,7 @@ class CudaDevice final : public Device {
   void check(int code, const char* call);  // throws DeviceError; remembers a device that is lost
   void check_open() const;
   void check_not_capturing();
+  bool is_parents() const;  // in a forked child, which must not touch CUDA
   void synchronize(CudaStream stream);
 
  private:

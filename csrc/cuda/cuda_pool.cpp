@@ -34,11 +34,9 @@ CudaPool::CudaPool(std::shared_ptr<CudaDevice> device, std::vector<Region> regio
 }
 
 CudaPool::~CudaPool() {
-  try {
-    const CudaDevice::Guard guard(*device_);
-    if (device_->runtime().free(regions_) != 0) device_->runtime().clear_error();
-  } catch (const DeviceError&) {  // lost, and its memory with it
-  }
+  if (device_->is_parents()) return;
+  const CudaDevice::Guard guard(*device_, std::nothrow);
+  if (device_->runtime().free(regions_) != 0) device_->runtime().clear_error();
 }
 
 void CudaPool::copy_blocks(std::span<const std::int32_t> copies) {

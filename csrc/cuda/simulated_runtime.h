@@ -30,8 +30,9 @@ class SimulatedRuntime final : public CudaRuntime {
   void fail(const std::string& function, int code, int k = 1);
   // Bytes of host memory that may be pinned.
   void limit_registered(std::size_t bytes) { most_registered_ = bytes; }
-  // From now on this stream is, or is not, being captured into a graph. What CUDA refuses then, and
-  // what would be a part of the graph instead of being done, is an error here.
+  // From now on this stream is, or is not, being captured into a graph: to ask for events, to wait
+  // and to copy is an error then, although CUDA would make some of it a part of the graph. Kernels
+  // run as ever.
   void capture(CudaStream stream, bool capturing);
 
   Stream lane_of(CudaStream stream) const { return lanes_.at(stream); }  // on the machine

@@ -12,7 +12,9 @@
 #include <thread>
 #include <vector>
 
+#include "core/block_manager.h"
 #include "cuda/cuda_device.h"
+#include "cuda/cuda_pool.h"
 #include "cuda/simulated_runtime.h"
 
 using namespace pagedkv;
@@ -25,7 +27,7 @@ constexpr std::size_t kChunk = 8192;
 struct Machine {
   explicit Machine(CudaOptions options = {}) {
     options.pinned = {.chunk_bytes = kChunk, .ahead = false};
-    device = std::make_unique<CudaDevice>(runtime, options);
+    device = std::make_shared<CudaDevice>(runtime, options);
   }
 
   CudaStream callers_stream() {
@@ -37,7 +39,7 @@ struct Machine {
 
   std::shared_ptr<SimulatedRuntime> runtime = std::make_shared<SimulatedRuntime>(
       SimulatedOptions{.schedule = Schedule::lazy}, /*num_devices=*/2);
-  std::unique_ptr<CudaDevice> device;
+  std::shared_ptr<CudaDevice> device;
 };
 
 std::string error_of(auto&& call) {
@@ -157,6 +159,39 @@ TEST_CASE("a stream that is being captured gets no transfers, and its capture su
   m.device->close();
 }
 
+TEST_CASE("kernels whose arrays are on the device already can be captured") {
+  Machine m;
+  std::vector<std::byte> memory(4 * 2 * 64), source(2 * 64, std::byte{7});
+  const std::vector<Region> regions{{memory.data(), 128, 64}, {memory.data() + 256, 128, 64}};
+  constexpr StepShape kShape{.max_batch = 1, .max_tokens = 2, .table_stride = 2};
+  std::vector<std::byte> step_memory(StepMemory::bytes(kShape) + 64);
+  const auto start = reinterpret_cast<std::uintptr_t>(step_memory.data()) + 63;
+  CudaPool pool(m.device, regions, 2, 2, kShape, reinterpret_cast<std::byte*>(start / 64 * 64));
+  BlockManager manager(
+      {.num_device_blocks = 1, .block_size = 2, .max_batch = 1, .max_model_len = 2});
+  const SequenceId id = manager.create_anonymous();
+  const std::int64_t count = 2;
+  const StepPlan& plan = manager.append({&id, 1}, std::vector<Token>{1, 2}, true, {&count, 1});
+  const CudaStream stream = m.callers_stream();
+  m.device->use_stream(stream);
+  pool.begin_step(plan);
+  pool.synchronize();
+
+  m.runtime->capture(stream, true);
+  CHECK(has(error_of([&] { pool.begin_step(plan); }), "captured"));
+  const std::int64_t own[] = {2};
+  CHECK(has(error_of([&] { pool.scatter(0, own, source.data(), 64); }), "captured"));
+  const std::int64_t* slots = plan.slots;
+  m.runtime->capture(stream, false);
+  pool.begin_step(plan);
+  m.runtime->capture(stream, true);
+  pool.write(0, {slots, 2}, source.data(), 64, source.data(), 64);
+  m.runtime->capture(stream, false);
+  pool.synchronize();
+  CHECK(std::ranges::count(memory, std::byte{7}) == 2 * 128);
+  m.device->close();
+}
+
 TEST_CASE("close() waits for work on streams that the caller has left, too") {
   Machine m;
   const CudaStream left = m.callers_stream();
@@ -225,6 +260,9 @@ TEST_CASE("a forked child gets errors, and leaves CUDA alone") {
   const Stream stream = m.device->make_stream();
   m.device->copy(stream, {&run, 1});
   const Event event = m.device->record(stream);
+  std::vector<std::byte> step_memory(StepMemory::bytes({1, 1, 1}));
+  auto pool = std::make_unique<CudaPool>(m.device, std::vector<Region>{{memory.data(), 64, 64}}, 1,
+                                         1, StepShape{1, 1, 1}, step_memory.data());
   const auto num_calls = [&] { return m.runtime->num_calls_on(0); };
   const std::int64_t before = num_calls();
   const pid_t child = ::fork();
@@ -243,6 +281,7 @@ TEST_CASE("a forked child gets errors, and leaves CUDA alone") {
     expect_refusal([&] { m.device->allocate_host(1); });
     expect_refusal([&] { m.device->close(); });
     m.device->free_host(host, 4096);
+    pool.reset();
     m.device.reset();
     wrong += num_calls() != before;
     ::_exit(wrong);
@@ -250,6 +289,7 @@ TEST_CASE("a forked child gets errors, and leaves CUDA alone") {
   int status = -1;
   REQUIRE(::waitpid(child, &status, 0) == child);
   CHECK(status == 0);
+  pool.reset();
   CHECK(m.device->wait(event) == Status::done);  // the parent's goes on
   m.device->recycle(event);
   m.device->free_host(host, 4096);
