@@ -51,7 +51,9 @@ message(STATUS "pagedkv: building the _cuda module with nvcc ${CMAKE_CUDA_COMPIL
 
 pybind11_add_module(_cuda
   csrc/bindings/cuda_module.cpp
-  csrc/cuda/device_query.cu)
+  csrc/cuda/cuda_runtime.cu
+  csrc/cuda/device_query.cu
+  csrc/cuda/launch.cu)
 target_include_directories(_cuda PRIVATE csrc)
 target_link_options(_cuda PRIVATE LINKER:--exclude-libs,ALL)
 

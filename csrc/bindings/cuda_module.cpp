@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cuda/device_query.h"
+#include "cuda/runtime.h"
 
 namespace py = pybind11;
 
@@ -33,4 +34,11 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("driver_version", &pagedkv::cuda_driver_version, wakes_the_driver);
   m.def("status", &pagedkv::cuda_status, wakes_the_driver);
   m.def("devices", &devices);
+  m.def(
+      "runtime",
+      [] {
+        py::module_::import("pagedkv._core");  // which knows the class
+        return pagedkv::real_runtime();
+      },
+      "The calls of CUDA, for pagedkv._core.CudaDevice.");
 }

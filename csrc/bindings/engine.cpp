@@ -9,6 +9,7 @@
 #include "bindings/gate.h"
 #include "bindings/manager.h"
 #include "bindings/module.h"
+#include "bindings/pools.h"
 #include "host/host_device.h"
 #include "host/simulated_device.h"
 #include "transfer/transfer_engine.h"
@@ -138,10 +139,7 @@ void bind_simulated_device(py::module_& m) {
                        std::size_t max_events) {
              SimulatedOptions options;
              options.seed = seed;
-             options.schedule = named<Schedule>("schedule", schedule,
-                                                {{"eager", Schedule::eager},
-                                                 {"lazy", Schedule::lazy},
-                                                 {"random", Schedule::random}});
+             options.schedule = schedule_of(schedule);
              options.num_compute_streams = num_compute_streams;
              options.max_events = max_events;
              options.granule_bytes = 16;
@@ -177,6 +175,12 @@ void bind_simulated_device(py::module_& m) {
 }
 
 }  // namespace
+
+Schedule schedule_of(const std::string& name) {
+  return named<Schedule>(
+      "schedule", name,
+      {{"eager", Schedule::eager}, {"lazy", Schedule::lazy}, {"random", Schedule::random}});
+}
 
 void bind_engine(py::module_& m) {
   py::class_<Device, std::shared_ptr<Device>>(m, "Device", "Streams, copies and events.")

@@ -18,4 +18,5 @@ PYBIND11_MODULE(_core, m) {
   pagedkv::bind_manager(m);
   pagedkv::bind_engine(m);
   pagedkv::bind_pools(m);
+  pagedkv::bind_cuda(m);
 }

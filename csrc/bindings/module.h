@@ -12,5 +12,6 @@ void bind_transfer_plan(pybind11::module_& m);
 void bind_manager(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
 void bind_pools(pybind11::module_& m);
+void bind_cuda(pybind11::module_& m);
 
 }  // namespace pagedkv

@@ -1,8 +1,11 @@
 // Pools: what a step does with tensors, which Python checked and keeps alive.
+#include "bindings/pools.h"
+
 #include <pybind11/pybind11.h>
 
 #include "bindings/buffers.h"
 #include "bindings/module.h"
+#include "bindings/state.h"
 #include "host/host_pool.h"
 #include "host/simulated_pool.h"
 
@@ -54,16 +57,6 @@ void run(std::int64_t bytes, F&& copy) {
   copy();
 }
 
-std::vector<Region> regions_of(const py::list& regions) {
-  std::vector<Region> list;
-  for (const py::handle item : regions) {
-    const auto t = item.cast<py::tuple>();
-    list.push_back({pointer<std::byte>(t[0].cast<std::uintptr_t>()), t[1].cast<std::int64_t>(),
-                    t[2].cast<std::int64_t>()});
-  }
-  return list;
-}
-
 void copy_blocks(Pool& pool, const py::object& copies) {
   const IntBuffer rows(copies, 2);
   if (rows.size(1) != 3 || (rows.size(0) > 1 && rows.stride(0) != 3)) {
@@ -93,13 +86,38 @@ void gather(Pool& pool, std::size_t region, const py::object& block_tables,
   });
 }
 
+void write(Pool& pool, std::size_t layer, const py::object& slots, std::uintptr_t k,
+           std::int64_t k_stride, std::uintptr_t v, std::int64_t v_stride) {
+  const Argument<std::int64_t> to("slots", slots);
+  run(static_cast<std::int64_t>(to.span().size()) * (k_stride + v_stride), [&] {
+    pool.write(layer, to.span(), pointer<const std::byte>(k), k_stride, pointer<const std::byte>(v),
+               v_stride);
+  });
+}
+
 }  // namespace
+
+std::vector<Region> regions_of(const py::list& regions) {
+  std::vector<Region> list;
+  for (const py::handle item : regions) {
+    const auto t = item.cast<py::tuple>();
+    list.push_back({pointer<std::byte>(t[0].cast<std::uintptr_t>()), t[1].cast<std::int64_t>(),
+                    t[2].cast<std::int64_t>()});
+  }
+  return list;
+}
 
 void bind_pools(py::module_& m) {
   py::class_<Pool>(m, "Pool", "What a step does with its tensors, which the caller keeps alive.")
+      .def(
+          "begin_step",
+          [](Pool& self, const StepPlanHandle& plan) { self.begin_step(plan.plan()); },
+          py::arg("plan"))
       .def("copy_blocks", &copy_blocks, py::arg("copies"))
       .def("scatter", &scatter, py::arg("region"), py::arg("slots"), py::arg("source"),
            py::arg("source_stride"))
+      .def("write", &write, py::arg("layer"), py::arg("slots"), py::arg("k"), py::arg("k_stride"),
+           py::arg("v"), py::arg("v_stride"))
       .def("gather", &gather, py::arg("region"), py::arg("block_tables"), py::arg("first_block"),
            py::arg("num_tokens"), py::arg("num_heads"), py::arg("width"), py::arg("target"))
       .def("synchronize", &Pool::synchronize);

@@ -100,7 +100,8 @@ void BlockManager::require_resident(std::uint32_t slot) const {
 
 void BlockManager::require_path(std::uint32_t slot) const {
   if (!sequences_[slot].dropped) return;
-  throw NotResident(sequences_.id(slot), "was dropped, and holds nothing: restore() it (resume() in a KVCache) first");
+  throw NotResident(sequences_.id(slot),
+                    "was dropped, and holds nothing: restore() it (resume() in a KVCache) first");
 }
 
 void BlockManager::repeated(SequenceId id, std::size_t i) {

@@ -22,8 +22,8 @@ class CudaPool final : public Pool {
            std::int32_t block_size, const StepShape& shape, std::byte* step_memory);
   ~CudaPool() override;
 
-  void begin_step(const StepPlan& plan) { step_.upload(plan); }
-  StepMemory& step() { return step_; }
+  void begin_step(const StepPlan& plan) override { step_.upload(plan); }
+  const StepMemory& step() const { return step_; }
 
   void copy_blocks(std::span<const std::int32_t> copies) override;
   void scatter(std::size_t region, std::span<const std::int64_t> slots, const std::byte* source,

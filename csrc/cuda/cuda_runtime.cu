@@ -2,6 +2,8 @@
 
 namespace pagedkv {
 
+std::shared_ptr<CudaRuntime> real_runtime() { return std::make_shared<RealRuntime>(); }
+
 std::string RealRuntime::error_text(int code) {
   const auto error = static_cast<cudaError_t>(code);
   return std::string(cudaGetErrorName(error)) + " (" + cudaGetErrorString(error) + ")";

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 
 namespace pagedkv {
@@ -69,5 +70,7 @@ class CudaRuntime {
   static constexpr int kSuccess = 0;
   static constexpr int kNotReady = 600;  // cudaErrorNotReady
 };
+
+std::shared_ptr<CudaRuntime> real_runtime();  // CUDA's own; where cmake/cuda.cmake found nvcc
 
 }  // namespace pagedkv

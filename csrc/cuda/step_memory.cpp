@@ -87,6 +87,9 @@ void StepMemory::list_updates(const StepPlan& plan) {
 }
 
 void StepMemory::upload(const StepPlan& plan) {
+  if (plan.batch_size > shape_.max_batch || plan.table_stride != shape_.table_stride) {
+    throw InvalidSpec("the plan is one of another manager: its tables have another shape");
+  }
   if (plan.step != last_step_ + 1) forget();  // a plan came in between that went elsewhere
   last_step_ = plan.step;
   for (Placed& array : arrays_) array = {};

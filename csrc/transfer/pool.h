@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <span>
 
+#include "core/plan.h"
+
 namespace pagedkv {
 
 // One tensor's share of every block: block b lies at base + b * block_stride, and in it token o at
@@ -28,6 +30,9 @@ struct TableView {
 class Pool {
  public:
   virtual ~Pool() = default;
+
+  // Before a step's first work, on the stream that the caller is going to use for it.
+  virtual void begin_step(const StepPlan&) {}
 
   // Rows of `copies`: source block, target block, tokens. In every region.
   virtual void copy_blocks(std::span<const std::int32_t> copies) = 0;
