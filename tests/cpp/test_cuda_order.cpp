@@ -163,15 +163,15 @@ TEST_CASE("kernels whose arrays are on the device already can be captured") {
   Machine m;
   std::vector<std::byte> memory(4 * 2 * 64), source(2 * 64, std::byte{7});
   const std::vector<Region> regions{{memory.data(), 128, 64}, {memory.data() + 256, 128, 64}};
-  constexpr StepShape kShape{.max_batch = 1, .max_tokens = 2, .table_stride = 2};
-  std::vector<std::byte> step_memory(StepMemory::bytes(kShape) + 64);
-  const auto start = reinterpret_cast<std::uintptr_t>(step_memory.data()) + 63;
-  CudaPool pool(m.device, regions, 2, 2, kShape, reinterpret_cast<std::byte*>(start / 64 * 64));
   BlockManager manager(
       {.num_device_blocks = 1, .block_size = 2, .max_batch = 1, .max_model_len = 2});
   const SequenceId id = manager.create_anonymous();
   const std::int64_t count = 2;
   const StepPlan& plan = manager.append({&id, 1}, std::vector<Token>{1, 2}, true, {&count, 1});
+  const StepShape shape{1, 2, static_cast<std::int32_t>(plan.table_stride)};
+  std::vector<std::byte> step_memory(StepMemory::bytes(shape) + 64);
+  const auto start = reinterpret_cast<std::uintptr_t>(step_memory.data()) + 63;
+  CudaPool pool(m.device, regions, 2, 2, shape, reinterpret_cast<std::byte*>(start / 64 * 64));
   const CudaStream stream = m.callers_stream();
   m.device->use_stream(stream);
   pool.begin_step(plan);
@@ -203,6 +203,30 @@ TEST_CASE("close() waits for work on streams that the caller has left, too") {
   m.device->close();
   CHECK(m.num_pending() == 0);
   CHECK(m.runtime->num_allocations() == 0);
+}
+
+TEST_CASE("close() waits for copies that nobody has recorded") {
+  Machine m;
+  std::byte* const host = m.device->allocate_host(4096);
+  const std::vector<std::byte> memory(4096, std::byte{7});
+  const CopyRun run{host, memory.data(), 4096};
+  m.device->copy(m.device->make_stream(), {&run, 1});
+  m.device->close();
+  CHECK(std::ranges::equal(memory, std::span(host, 4096)));
+  m.device->free_host(host, 4096);
+}
+
+TEST_CASE("uploads wait for nobody while the ring has room") {
+  Machine m({.ring_bytes = 1024});
+  for (int i = 0; i < 16; ++i) {
+    m.device->ring().upload(nullptr, 64, [](std::byte*) {}, [](std::byte*) {});
+  }
+  CHECK(m.num_pending() > 0);
+  CHECK(m.device->num_host_waits() == 0);
+  m.device->ring().upload(nullptr, 64, [](std::byte*) {}, [](std::byte*) {});
+  CHECK(m.device->num_host_waits() == 1);
+  CHECK(m.device->ring().num_waits() == 1);
+  m.device->close();
 }
 
 TEST_CASE("a slice that no event guards is not given to anybody before its upload has ended") {
