@@ -66,6 +66,10 @@ void bind_device(py::module_& m) {
           py::arg("stream"))
       .def("copy_methods", [](CudaDevice& self) { return self.methods().table(); })
       .def_property_readonly("index", &CudaDevice::index)
+      .def_property_readonly("is_simulated",
+                             [](CudaDevice& self) {
+                               return dynamic_cast<SimulatedRuntime*>(&self.runtime()) != nullptr;
+                             })
       .def_property_readonly("num_pageable_bytes", &CudaDevice::num_pageable_bytes);
 }
 

@@ -98,6 +98,7 @@ void CudaDevice::use_stream(CudaStream stream) {
     throw DeviceError("the current stream is one of device " + std::to_string(device) +
                       ", expected one of device " + std::to_string(options_.index));
   }
+  if (std::ranges::find(callers_, stream) == callers_.end()) callers_.push_back(stream);
   stream_ = stream;
 }
 
@@ -120,6 +121,11 @@ void CudaDevice::synchronize(CudaStream stream) {
   check_open();
   const Guard guard(*this);
   check(runtime_->synchronize(stream), "cudaStreamSynchronize");
+}
+
+void CudaDevice::synchronize_callers() {
+  for (const CudaStream stream : callers_) synchronize(stream);
+  callers_ = {stream_};
 }
 
 // -------------------------------------------------------------------------------------- events
@@ -256,10 +262,8 @@ void CudaDevice::close() {
   for (const CudaStream stream : streams_) {
     end(runtime_->synchronize(stream), "cudaStreamSynchronize");
   }
-  end(runtime_->synchronize(stream_), "cudaStreamSynchronize");
-  for (const EventState& state : events_) {  // of streams that the caller has left
-    if (!state.live || state.status != Status::pending) continue;
-    end(runtime_->synchronize(state.event), "cudaEventSynchronize");
+  for (const CudaStream stream : callers_) {
+    end(runtime_->synchronize(stream), "cudaStreamSynchronize");
   }
   ring_.reset();
   for (const EventState& state : events_) {

@@ -86,7 +86,9 @@ class CudaDevice final : public Device {
   void check_open() const;
   void check_not_capturing();
   bool is_parents() const;  // in a forked child, which must not touch CUDA
+  bool is_open() const { return !closed_ && lost_.empty(); }  // else nothing is under way
   void synchronize(CudaStream stream);
+  void synchronize_callers();  // all streams that the caller was on
 
  private:
   struct EventState {
@@ -114,7 +116,8 @@ class CudaDevice final : public Device {
   const CudaOptions options_;
   const std::int64_t process_;
   CudaStream stream_ = nullptr;
-  std::vector<CudaStream> streams_;  // our own
+  std::vector<CudaStream> callers_{nullptr};  // that the caller was on since all were waited for
+  std::vector<CudaStream> streams_;           // our own
   std::vector<EventState> events_;
   std::vector<std::size_t> free_events_;
   std::vector<std::unique_ptr<PinnedMemory>> host_;

@@ -126,6 +126,8 @@ void CudaPool::gather(std::size_t region, const TableView& table, std::int32_t f
       });
 }
 
-void CudaPool::synchronize() { device_->synchronize(device_->stream()); }
+void CudaPool::synchronize() {
+  if (device_->is_open()) device_->synchronize_callers();
+}
 
 }  // namespace pagedkv

@@ -94,68 +94,66 @@ void StepMemory::upload(const StepPlan& plan) {
   last_step_ = plan.step;
   for (Placed& array : arrays_) array = {};
   list_updates(plan);
-
-  const bool with_tokens = plan.num_tokens <= shape_.max_tokens;
-  const Offsets at(shape_, with_tokens ? plan.num_tokens : 0);
-  const auto batch = static_cast<std::size_t>(plan.batch_size);
-  const auto tokens = with_tokens ? static_cast<std::size_t>(plan.num_tokens) : 0;
-  std::byte* const arrays = memory_ + table_bytes(shape_);
-  CudaDevice& device = *device_;
-  const CudaStream stream = device.stream();
   try {
-    const CudaDevice::Guard guard(device);
-    device.ring().send(stream, arrays, with_tokens ? at.end : at.input_ids, [&](std::byte* host) {
-      const auto copy = [&](std::size_t offset, const auto* from, std::size_t count) {
-        if (from != nullptr) std::memcpy(host + offset, from, count * sizeof *from);
-      };
-      copy(at.query_starts, plan.query_starts, batch + 1);
-      copy(at.seq_lens, plan.seq_lens, batch);
-      if (plan.has_tokens) copy(at.input_ids, plan.input_ids, tokens);
-      copy(at.slots, plan.slots, tokens);
-      copy(at.positions, plan.positions, tokens);
-    });
-    if (num_cells_ > 0) {
-      const std::size_t header = round_up(updates_.size() * sizeof(TableCells));
-      std::int64_t most = 0;
-      for (const TableCells& u : updates_) most = std::max<std::int64_t>(most, u.last - u.first);
-      device.ring().upload(
-          stream, header + static_cast<std::size_t>(num_cells_) * sizeof(std::int32_t),
-          [&](std::byte* host) {
-            std::memcpy(host, updates_.data(), updates_.size() * sizeof(TableCells));
-            auto* cells = reinterpret_cast<BlockId*>(host + header);
-            for (const TableCells& u : updates_) {
-              const BlockId* row =
-                  plan.block_tables + std::int64_t{u.row} * plan.table_stride + u.first;
-              std::copy_n(row, u.last - u.first, cells + u.start);
-            }
-          },
-          [&](std::byte* up) {
-            device.check(device.runtime().launch(
-                             UpdateTables::make(reinterpret_cast<const TableCells*>(up),
-                                                static_cast<std::int64_t>(updates_.size()), most,
-                                                reinterpret_cast<const std::int32_t*>(up + header),
-                                                reinterpret_cast<std::int32_t*>(tables()),
-                                                shape_.table_stride),
-                             stream),
-                         "update_tables");
-          });
-    }
+    const CudaDevice::Guard guard(*device_);
+    send_arrays(plan);
+    if (num_cells_ > 0) send_updates(plan);
   } catch (...) {
+    for (Placed& array : arrays_) array = {};
     forget();
     throw;
   }
   std::fill_n(row_is_right_.begin(), plan.batch_size, std::uint8_t{1});
-  const auto rows = batch * static_cast<std::size_t>(plan.table_stride);
-  place(Array::block_tables, plan.block_tables, tables(), rows * sizeof(BlockId));
-  place(Array::query_starts, plan.query_starts, arrays + at.query_starts,
-        (batch + 1) * sizeof(std::int32_t));
-  place(Array::seq_lens, plan.seq_lens, arrays + at.seq_lens, batch * sizeof(std::int32_t));
-  if (!with_tokens) return;
-  place(Array::slots, plan.slots, arrays + at.slots, tokens * sizeof(std::int64_t));
-  place(Array::positions, plan.positions, arrays + at.positions, tokens * sizeof(std::int64_t));
-  if (plan.has_tokens) {
-    place(Array::input_ids, plan.input_ids, arrays + at.input_ids, tokens * sizeof(std::int64_t));
+}
+
+void StepMemory::send_arrays(const StepPlan& plan) {
+  const bool with_tokens = plan.num_tokens <= shape_.max_tokens;
+  const Offsets at(shape_, with_tokens ? plan.num_tokens : 0);
+  const auto batch = static_cast<std::size_t>(plan.batch_size);
+  std::byte* const arrays = memory_ + table_bytes(shape_);
+  const auto put = [&](Array array, const auto* from, std::size_t count, std::size_t offset) {
+    place(array, from, arrays + offset, count * sizeof *from);
+  };
+  put(Array::query_starts, plan.query_starts, batch + 1, at.query_starts);
+  put(Array::seq_lens, plan.seq_lens, batch, at.seq_lens);
+  if (with_tokens) {
+    const auto tokens = static_cast<std::size_t>(plan.num_tokens);
+    put(Array::slots, plan.slots, tokens, at.slots);
+    put(Array::positions, plan.positions, tokens, at.positions);
+    if (plan.has_tokens) put(Array::input_ids, plan.input_ids, tokens, at.input_ids);
   }
+  device_->ring().send(device_->stream(), arrays, with_tokens ? at.end : at.input_ids,
+                       [&](std::byte* host) {
+                         for (const Placed& array : arrays_) {
+                           if (array.host == nullptr) continue;
+                           std::memcpy(host + (array.device - arrays), array.host, array.bytes);
+                         }
+                       });
+  const std::size_t cells = batch * static_cast<std::size_t>(plan.table_stride);
+  place(Array::block_tables, plan.block_tables, tables(), cells * sizeof(BlockId));
+}
+
+void StepMemory::send_updates(const StepPlan& plan) {
+  const std::size_t header = round_up(updates_.size() * sizeof(TableCells));
+  std::int64_t most = 0;
+  for (const TableCells& u : updates_) most = std::max<std::int64_t>(most, u.last - u.first);
+  device_->ring().upload(
+      device_->stream(), header + static_cast<std::size_t>(num_cells_) * sizeof(std::int32_t),
+      [&](std::byte* host) {
+        std::memcpy(host, updates_.data(), updates_.size() * sizeof(TableCells));
+        auto* cells = reinterpret_cast<BlockId*>(host + header);
+        for (const TableCells& u : updates_) {
+          const BlockId* row = plan.block_tables + std::int64_t{u.row} * plan.table_stride;
+          std::copy_n(row + u.first, u.last - u.first, cells + u.start);
+        }
+      },
+      [&](std::byte* up) {
+        const UpdateTables kernel = UpdateTables::make(
+            reinterpret_cast<const TableCells*>(up), static_cast<std::int64_t>(updates_.size()),
+            most, reinterpret_cast<const std::int32_t*>(up + header),
+            reinterpret_cast<std::int32_t*>(tables()), shape_.table_stride);
+        device_->check(device_->runtime().launch(kernel, device_->stream()), "update_tables");
+      });
 }
 
 }  // namespace pagedkv

@@ -56,6 +56,8 @@ class StepMemory {
   std::byte* tables() const { return memory_; }
   void place(Array array, const void* host, std::byte* device, std::size_t bytes);
   void list_updates(const StepPlan& plan);
+  void send_arrays(const StepPlan& plan);
+  void send_updates(const StepPlan& plan);
 
   const std::shared_ptr<CudaDevice> device_;
   const StepShape shape_;

@@ -448,10 +448,16 @@ class Pool(_Object):
     Raises InvalidSpec, before it touches memory, for a block or slot outside the pool.
     """
 
+    def begin_step(self, plan: StepPlan) -> None:
+        """Before a step's first work: bring what its plan says to where that work will read it."""
     def copy_blocks(self, copies: _Int32) -> None:
         """Rows of `copies` [n, 3]: source block, target block, tokens; in every region."""
     def scatter(self, region: int, slots: _Int64, source: int, source_stride: int) -> None:
         """Token t, at address source + t * source_stride, goes to slots[t]."""
+    def write(
+        self, layer: int, slots: _Int64, k: int, k_stride: int, v: int, v_stride: int
+    ) -> None:
+        """scatter() of a layer's keys (region 2 * layer) and values (the next one)."""
     def gather(
         self,
         region: int,
@@ -487,3 +493,103 @@ class SimulatedPool(Pool):
         block_size: int,
         owner: object = None,
     ) -> None: ...
+
+class CudaRuntime(_Object):
+    """The calls of CUDA that the package makes. `pagedkv._cuda.runtime()` gives CUDA's own."""
+
+@final
+class CudaDevice(Device):
+    """A GPU: copies run on its own streams, steps on the caller's.
+
+    Args:
+        index: of the device, as CUDA counts.
+        copy_method: how pieces are copied between the tiers: "loop", "batch" or "kernel"; "auto"
+            is what was measured.
+        calibrate: measure now, which takes a fraction of a second.
+
+    Raises DeviceError, which names the call of CUDA that failed and what to do.
+    """
+
+    def __init__(
+        self,
+        runtime: CudaRuntime,
+        index: int = 0,
+        *,
+        copy_method: str = "auto",
+        calibrate: bool = False,
+    ) -> None: ...
+    def use_stream(self, stream: int) -> None:
+        """CUDA's handle of the stream that the caller's work is queued on from now on."""
+    def copy_methods(self) -> str:
+        """What was measured, by direction and size of the pieces, and what is used."""
+    @property
+    def index(self) -> int: ...
+    @property
+    def is_simulated(self) -> bool: ...
+    @property
+    def num_pageable_bytes(self) -> int:
+        """Of the host tier, that the system refused to pin: their copies are slower."""
+
+@final
+class CudaPool(Pool):
+    """On the caller's stream of a GPU. Tensors are the device's, other arrays the host's.
+
+    Args:
+        max_batch, max_tokens: of a step whose arrays are brought to `step_memory`; the token arrays
+            of a larger one stay on the host.
+        table_stride: cells in a row of the block tables.
+        step_memory: address of step_bytes() bytes on the device.
+        owner: of `regions` and `step_memory`; kept alive.
+    """
+
+    def __init__(
+        self,
+        device: CudaDevice,
+        regions: list[tuple[int, int, int]],
+        num_blocks: int,
+        block_size: int,
+        max_batch: int,
+        max_tokens: int,
+        table_stride: int,
+        step_memory: int,
+        owner: object = None,
+    ) -> None: ...
+    @staticmethod
+    def step_bytes(max_batch: int, max_tokens: int, table_stride: int) -> int: ...
+    def address(self, array: str) -> int | None:
+        """Where an array of the last step is on the device; None if it stayed on the host."""
+
+@final
+class SimulatedCuda(CudaRuntime):
+    """CUDA on a machine without a GPU, as late and out of order as was declared.
+
+    Device memory is host memory. See SimulatedDevice for `seed` and `schedule`.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        schedule: Literal["eager", "lazy", "random"] = "random",
+        num_devices: int = 1,
+        has_batch: bool = True,
+    ) -> None: ...
+    def fail(self, function: str, code: int, k: int = 1) -> None:
+        """The k-th call of this function of CUDA from now on returns this error code."""
+    def limit_pinned(self, num_bytes: int) -> None:
+        """More host memory than that cannot be pinned."""
+    def make_stream(self) -> int:
+        """A stream of the caller's, for CudaDevice.use_stream(); 0 and 2 are CUDA's own."""
+    def num_calls(self, function: str) -> int: ...
+    def hold_next(self) -> None:
+        """The next piece of work runs only when somebody waits for it."""
+    def fail_copy(self, k: int = 1) -> None:
+        """The k-th copy from now fails half way, and the device is lost."""
+    @property
+    def violations(self) -> list[str]:
+        """Pairs of accesses, one of them a write, that nothing orders."""
+    @property
+    def num_pending(self) -> int: ...
+    @property
+    def num_live(self) -> int:
+        """Streams, events and allocations that were not given back."""

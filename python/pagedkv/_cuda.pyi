@@ -5,6 +5,8 @@ Versions are as CUDA counts them: 1000 * major + 10 * minor.
 
 from typing import TypedDict
 
+from pagedkv._core import CudaRuntime
+
 class _Device(TypedDict):
     index: int
     name: str
@@ -22,3 +24,6 @@ def status() -> str:
 
 def devices() -> list[_Device]:
     """The devices that the driver shows to this process; empty unless status() is "ok"."""
+
+def runtime() -> CudaRuntime:
+    """The calls of CUDA, for pagedkv._core.CudaDevice."""

@@ -72,6 +72,7 @@ def attend(
             mask = part[..., : int(lens[first:last].max())]
         else:
             mask = _causal_mask(lens[first:last], int(starts[first + 1] - starts[first]), window)
+            mask = mask if mask is None else mask.to(q.device)
         queries = q[rows].unflatten(0, (last - first, -1)).transpose(1, 2)
         if shared and last - first > 1:
             found = _shared(kv, layer, queries, step, first, last, shared, scale, softcap, mask)

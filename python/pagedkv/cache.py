@@ -16,10 +16,10 @@ except ImportError as error:  # the control plane works without; this does not
     raise ImportError("KVCache needs torch: pip install 'pagedkv[torch]'") from error
 
 from pagedkv import attention
-from pagedkv._core import BlockManager, Device, StepPlan, TransferEngine
+from pagedkv._core import BlockManager, CudaDevice, Device, StepPlan, TransferEngine
 from pagedkv.errors import ConcurrentUse, InvalidSpec, InvalidState, KVError
 from pagedkv.layout import DevicePool, Layout
-from pagedkv.machine import machine_for
+from pagedkv.machine import Machine, machine_for
 from pagedkv.preemption import CostModel, swap_or_recompute
 from pagedkv.sequences import Sequences
 from pagedkv.spec import KVSpec
@@ -37,14 +37,17 @@ class KVCache(Sequences):
 
     Args:
         spec: what the model keeps per token.
-        device: "cpu", or a `pagedkv.testing.SimulatedDevice`. (CUDA is not supported yet.)
-        device_memory: bytes for the pool, as an int or a size such as "2GiB"; or give
+        device: "cpu", "cuda:0", or a simulated device of `pagedkv.testing`.
+        device_memory: bytes for the pool, as an int or a size such as "2GiB", or on a GPU a float,
+            the fraction of its free memory; or give
         num_device_blocks: usable blocks instead.
         host_memory: bytes for the host tier, which sequences are swapped out to; or give
         num_host_blocks: usable blocks instead. By default there is no host tier.
         max_batch: most sequences in one step.
         max_model_len: most tokens in one sequence; by default what the pool holds.
         watermark: blocks that a sequence's first append must leave available.
+        copy_method: how blocks in pieces are copied on a GPU: "loop", "batch" or "kernel"; "auto"
+            measures when the cache is made. `kv.copy_methods()` shows what was measured.
         layout: "block_major" [N, L, 2, P, H, D], where one block is one contiguous run, or
             "layer_major" [L, 2, N, P, H, D], where one layer is. N counts padding block 0.
         prefill_rate: tokens per second that the model prefills: what preempt() in mode "auto"
@@ -56,7 +59,7 @@ class KVCache(Sequences):
 
     Raises:
         InvalidSpec: an argument is out of range, or the memory holds no block.
-        DeviceError: the memory of the host tier cannot be had.
+        DeviceError: the device, or the memory of the host tier, cannot be had.
     """
 
     def __init__(
@@ -64,20 +67,23 @@ class KVCache(Sequences):
         spec: KVSpec,
         *,
         device: str | torch.device | Device = "cpu",
-        device_memory: int | str | None = None,
+        device_memory: int | str | float | None = None,
         num_device_blocks: int | None = None,
         host_memory: int | str | None = None,
         num_host_blocks: int | None = None,
         max_batch: int = 256,
         max_model_len: int | None = None,
         watermark: int = 0,
+        copy_method: str = "auto",
         layout: Layout = "block_major",
         prefill_rate: float | None = None,
         cost_model: CostModel = swap_or_recompute,
     ) -> None:
         self.layout = layout
-        machine = machine_for(device)
+        machine = self.machine = machine_for(device, copy_method)
         self.device = machine.device
+        if isinstance(device_memory, float):
+            device_memory = _fraction(device_memory, machine)
         num_device_blocks = _num_blocks(spec, "device", device_memory, num_device_blocks)
         if num_device_blocks is None:
             raise InvalidSpec("expected one of device_memory and num_device_blocks, found none")
@@ -93,13 +99,13 @@ class KVCache(Sequences):
         super().__init__(spec, manager, prefill_rate, cost_model)
         memory = DevicePool.allocate(spec, num_device_blocks + 1, layout, machine.device)
         self._layers = memory.layers
-        self._pool = machine.make_pool(memory, num_device_blocks + 1, spec.block_size)
+        self._pool = machine.make_pool(memory, manager)
         if num_host_blocks or machine.needs_order:
             copier = machine.transfer_device()
             engine = TransferEngine(
                 copier, memory.block_runs, num_device_blocks, num_host_blocks, owner=memory
             )
-            self._transfers = Transfers(self.manager, engine, copier, spec.block_bytes)
+            self._transfers = Transfers(self.manager, engine, copier, spec.block_bytes, machine)
         self._process = os.getpid()
         self._step: Step | None = None  # the open one
         self._last_step: Callable[[], Step | None] = lambda: None
@@ -123,7 +129,9 @@ class KVCache(Sequences):
         try:
             if self._transfers is not None:
                 self._transfers.step(plan)
-            self.apply(plan)
+            self._pool.begin_step(plan)
+            if plan.num_copies:
+                self._pool.copy_blocks(plan.copies)
         except BaseException:
             self.manager.rollback(plan)
             raise
@@ -140,6 +148,8 @@ class KVCache(Sequences):
 
     def apply(self, plan: StepPlan) -> None:
         """Carry out the copies of a plan, which may be another process's manager's."""
+        self._open_manager()
+        self.machine.follow()
         if plan.num_copies:
             self._pool.copy_blocks(plan.copies)
 
@@ -151,7 +161,7 @@ class KVCache(Sequences):
         """
         self._require(step)
         self._look()  # so that the end of a transfer is seen about when it is
-        slots, pools = step.plan.slots, self._pools(layer)
+        slots, pools, ready = step.plan.slots, self._pools(layer), []
         for i, source in enumerate((k, v)):
             pool = pools[i]
             if not isinstance(source, torch.Tensor) or not source.is_floating_point():
@@ -167,8 +177,18 @@ class KVCache(Sequences):
                 rows = rows.to(pool.dtype)
             if rows.stride(2) != 1 or rows.stride(1) != rows.shape[2]:
                 rows = rows.contiguous()
-            stride = rows.stride(0) * rows.element_size()
-            self._pool.scatter(2 * layer + i, slots, rows.data_ptr(), stride)
+            ready.append(rows)
+        keys, values = ready
+        self.machine.follow()
+        self._pool.write(
+            layer,
+            slots,
+            keys.data_ptr(),
+            keys.stride(0) * keys.element_size(),
+            values.data_ptr(),
+            values.stride(0) * values.element_size(),
+        )
+        self.machine.hold(keys, values)
 
     def gather(self, layer: int, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of whole sequences, [B, H, max(seq_lens), dim], zeros past each length.
@@ -190,6 +210,7 @@ class KVCache(Sequences):
 
         Returns views [B, H, max(num_tokens), dim], zeros past each row's number.
         """
+        self.machine.follow()
         width = int(num_tokens.max()) if len(num_tokens) else 0
         found = []
         for i, pool in enumerate(self._pools(layer)):
@@ -205,6 +226,7 @@ class KVCache(Sequences):
                 space.data_ptr(),
             )
             found.append(space)
+        self.machine.land()
         return found[0], found[1]
 
     def attention(
@@ -246,6 +268,11 @@ class KVCache(Sequences):
         if isinstance(layer, bool) or not 0 <= layer < len(self._layers):
             raise InvalidSpec(f"layer is {layer}, expected 0 to {len(self._layers) - 1}")
         return self._layers[layer]
+
+    def copy_methods(self) -> str:
+        """How blocks in pieces are copied, as a table: what was measured, and what is used."""
+        device = self._transfers.device if self._transfers is not None else None
+        return device.copy_methods() if isinstance(device, CudaDevice) else "memcpy\n"
 
     @property
     def pool_bytes(self) -> int:
@@ -297,9 +324,13 @@ class KVCache(Sequences):
 
     def _forget(self) -> None:
         self._closed = True
+        if self._transfers is not None:
+            self._transfers.forget()
         self._transfers = None
         self._layers = ()
         self._workspaces = {}
+        self.machine = Machine()  # which holds nothing
+        del self._pool
 
     def __enter__(self) -> KVCache:
         return self
@@ -323,6 +354,12 @@ def _close_all() -> None:
             cache.close()
         except KVError:  # lost, a forked child's, or in use by a thread that ends with us
             continue
+
+
+def _fraction(fraction: float, machine: Machine) -> int:
+    if not 0 < fraction <= 1:
+        raise InvalidSpec(f"device_memory is {fraction}, expected bytes, or a fraction up to 1.0")
+    return int(fraction * machine.free_bytes())
 
 
 def _num_blocks(

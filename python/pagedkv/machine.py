@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pagedkv._core import Device, HostDevice, HostPool, Pool, SimulatedDevice, SimulatedPool
-from pagedkv.errors import InvalidSpec
+from pagedkv._core import (
+    BlockManager,
+    CudaDevice,
+    CudaPool,
+    Device,
+    HostDevice,
+    HostPool,
+    Pool,
+    SimulatedDevice,
+    SimulatedPool,
+    StepPlan,
+)
+from pagedkv.errors import DeviceError, InvalidSpec
+from pagedkv.units import format_bytes
 
 if TYPE_CHECKING:
     from pagedkv.layout import DevicePool
 
 __all__ = ["Machine", "machine_for"]
+
+# Steps of more new tokens than that have their slots, positions and ids uploaded with each use.
+MAX_STEP_TOKENS = 8192
 
 
 class Machine:
@@ -31,27 +48,34 @@ class Machine:
         """What copies between the tiers."""
         return HostDevice()
 
-    def make_pool(self, memory: DevicePool, num_blocks: int, block_size: int) -> Pool:
+    def make_pool(self, memory: DevicePool, manager: BlockManager) -> Pool:
         """What carries out the copies of steps."""
-        return HostPool(memory.regions, num_blocks, block_size)
+        return HostPool(memory.regions, manager.num_device_blocks + 1, manager.block_size)
+
+    def follow(self) -> None:
+        """Take the stream that the caller is on now: before anything is queued."""
+
+    def hold(self, *tensors: torch.Tensor) -> None:
+        """Keep what queued work reads, where nobody else does."""
+
+    def land(self) -> None:
+        """Let what was queued end, where the caller's own work does not come after it anyway."""
+
+    def warn(self) -> None:
+        """Tell, once, what makes copies slower than they could be."""
+
+    def step_tensor(self, plan: StepPlan, name: str) -> torch.Tensor:
+        """An array of the open step's plan, on `device`."""
+        return torch.from_numpy(getattr(plan, name))
+
+    def free_bytes(self) -> int:
+        """Device memory that is free. Raises InvalidSpec where that is nobody's to say."""
+        raise InvalidSpec(
+            "device_memory is a fraction, which is of a GPU's free memory: expected bytes or a size"
+        )
 
 
-class SimulatedMachine(Machine):
-    """A machine for tests, whose steps are queued on its compute streams."""
-
-    needs_order = True
-
-    def __init__(self, device: SimulatedDevice) -> None:
-        self._device = device
-
-    def transfer_device(self) -> Device:
-        return self._device
-
-    def make_pool(self, memory: DevicePool, num_blocks: int, block_size: int) -> Pool:
-        return SimulatedPool(self._device, memory.regions, num_blocks, block_size, owner=memory)
-
-
-class CustomMachine(Machine):
+class GivenMachine(Machine):
     """Host memory, and a device that the caller has made."""
 
     needs_order = True
@@ -63,18 +87,141 @@ class CustomMachine(Machine):
         return self._device
 
 
-def machine_for(device: str | torch.device | Device) -> Machine:
-    """The machine that a `device` argument means. Raises InvalidSpec if there is none."""
+class SimulatedMachine(GivenMachine):
+    """A machine for tests, whose steps are queued on its compute streams."""
+
+    def make_pool(self, memory: DevicePool, manager: BlockManager) -> Pool:
+        assert isinstance(self._device, SimulatedDevice)
+        size = manager.num_device_blocks + 1, manager.block_size
+        return SimulatedPool(self._device, memory.regions, *size, owner=memory)
+
+
+class CudaMachine(Machine):
+    """A GPU: steps are launched on torch's current stream, and nobody waits for them."""
+
+    needs_order = True
+
+    def __init__(self, gpu: CudaDevice, device: torch.device) -> None:
+        self.device = device
+        self._gpu = gpu
+        self._warned = False
+
+    def transfer_device(self) -> Device:
+        return self._gpu
+
+    def make_pool(self, memory: DevicePool, manager: BlockManager) -> Pool:
+        self.follow()
+        self._table_stride = -(-manager.max_model_len // manager.block_size)
+        shape = manager.max_batch, MAX_STEP_TOKENS, self._table_stride
+        num_bytes = CudaPool.step_bytes(*shape)
+        self._step_memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        self._pool = CudaPool(
+            self._gpu,
+            memory.regions,
+            manager.num_device_blocks + 1,
+            manager.block_size,
+            *shape,
+            self._step_memory.data_ptr(),
+            owner=(memory, self._step_memory),
+        )
+        return self._pool
+
+    def follow(self) -> None:
+        # torch.cuda.current_stream() makes an object, and takes ten times as long.
+        self._gpu.use_stream(torch._C._cuda_getCurrentRawStream(self._gpu.index))
+
+    def warn(self) -> None:
+        num_bytes = self._gpu.num_pageable_bytes
+        if num_bytes and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{format_bytes(num_bytes)} of the host tier could not be pinned: copies of it are "
+                "slower, and block the caller. Raise the limit of locked memory (ulimit -l)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def step_tensor(self, plan: StepPlan, name: str) -> torch.Tensor:
+        host = getattr(plan, name)
+        address = self._pool.address(name)
+        if address is None:
+            return torch.from_numpy(host).to(self.device)
+        offset = address - self._step_memory.data_ptr()
+        typed = self._step_memory[offset:].view(torch.uint8)
+        dtype = torch.from_numpy(host).dtype
+        stride = (self._table_stride, 1) if host.ndim == 2 else (1,)
+        span = sum((n - 1) * s for n, s in zip(host.shape, stride, strict=True)) + 1
+        if host.size == 0:
+            return torch.empty(host.shape, dtype=dtype, device=self.device)
+        return typed[: span * dtype.itemsize].view(dtype).as_strided(host.shape, stride)
+
+    def free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0]
+
+
+class SimulatedCudaMachine(CudaMachine):
+    """CUDA's whole path on a machine without a GPU.
+
+    The caller's own work runs at once, so what it reads has to have landed, and what it gives has
+    to stay until it was read.
+    """
+
+    def __init__(self, gpu: CudaDevice) -> None:
+        super().__init__(gpu, torch.device("cpu"))
+        self._held: list[torch.Tensor] = []
+
+    def follow(self) -> None:
+        """The caller says gpu.use_stream() himself."""
+
+    def hold(self, *tensors: torch.Tensor) -> None:
+        self._held += tensors
+
+    def land(self) -> None:
+        self._pool.synchronize()
+
+    def step_tensor(self, plan: StepPlan, name: str) -> torch.Tensor:
+        self.land()
+        return super().step_tensor(plan, name)
+
+
+def machine_for(device: str | torch.device | Device, copy_method: str = "auto") -> Machine:
+    """The machine that a `device` argument means.
+
+    Raises InvalidSpec if there is no such kind of device, DeviceError if there is none here.
+    """
     if not isinstance(device, (str, torch.device)):
         if isinstance(device, SimulatedDevice):
             return SimulatedMachine(device)
+        if isinstance(device, CudaDevice):
+            if device.is_simulated:
+                return SimulatedCudaMachine(device)
+            return CudaMachine(device, torch.device("cuda", device.index))
         if isinstance(device, Device):
-            return CustomMachine(device)
+            return GivenMachine(device)
         raise InvalidSpec(f"device is {device!r}, expected a torch device")
     try:
         found = torch.device(device)
     except RuntimeError as error:
         raise InvalidSpec(f"device is {device!r}, expected a torch device") from error
-    if found.type != "cpu":
-        raise InvalidSpec(f'device is "{found}", expected "cpu": this version has no other device')
-    return Machine()
+    if found.type == "cpu":
+        return Machine()
+    if found.type == "cuda":
+        return _cuda_machine(found, copy_method)
+    raise InvalidSpec(f'device is "{found}", expected "cpu" or a CUDA device')
+
+
+def _cuda_machine(device: torch.device, copy_method: str) -> Machine:
+    try:
+        cuda: Any = import_module("pagedkv._cuda")
+    except ImportError as error:
+        raise DeviceError(
+            "this build has no CUDA part: install a wheel that has, or build where nvcc is "
+            "(`pagedkv info` tells)"
+        ) from error
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"torch finds no CUDA device: {cuda.status()}. Install a driver, and a torch with CUDA"
+        )
+    index = torch.cuda.current_device() if device.index is None else device.index
+    gpu = CudaDevice(cuda.runtime(), index, copy_method=copy_method, calibrate=True)
+    return CudaMachine(gpu, torch.device("cuda", index))

@@ -35,7 +35,7 @@ class Step:
     def _view(self, name: str) -> torch.Tensor:
         view = self._views.get(name)
         if view is None:
-            view = self._views[name] = torch.from_numpy(getattr(self.plan, name))
+            view = self._views[name] = self._kv.machine.step_tensor(self.plan, name)
         return view
 
     def forget_views(self) -> None:

@@ -12,6 +12,8 @@ from pagedkv.errors import InvalidState, KVError, TransferError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pagedkv.machine import Machine
+
 __all__ = ["Transfer", "Transfers"]
 
 
@@ -83,10 +85,16 @@ class Transfers:
     """The transfers of one cache, and the engine that carries them out."""
 
     def __init__(
-        self, manager: BlockManager, engine: TransferEngine, device: Device, block_bytes: int
+        self,
+        manager: BlockManager,
+        engine: TransferEngine,
+        device: Device,
+        block_bytes: int,
+        machine: Machine,
     ) -> None:
         self.engine = engine
         self.device = device
+        self._machine = machine
         self._manager = manager
         self._block_bytes = block_bytes
         self._under_way: dict[int, Transfer] = {}
@@ -100,15 +108,18 @@ class Transfers:
         transfer = Transfer(self, plan, plan.num_copies * self._block_bytes)
         self._under_way[plan.id] = transfer
         try:
+            self._machine.follow()
             self.engine.submit(plan)
         except BaseException as error:  # an interrupt among them: the manager waits for an end
             if not self.engine.in_flight(plan.id):
                 self._hear(plan.id, f"it was not submitted, {error!r}")
             raise
+        self._machine.warn()
         return transfer
 
     def step(self, plan: StepPlan) -> None:
         """Before a step's first work: the caller's stream waits for what the plan waits for."""
+        self._machine.follow()
         self.engine.step(plan)
 
     def look(self) -> list[Transfer]:
@@ -229,8 +240,12 @@ class Transfers:
     def close(self) -> None:
         """Cancel what has not begun, and wait for the rest."""
         self.engine.close()
+
+    def forget(self) -> None:
+        """Let go of all that is large: who holds a transfer holds no more than that."""
         for transfer in self._under_way.values():
             if transfer._error is None:
                 transfer._error = TransferError("the cache was closed before its end")
             transfer._done = True
         self._under_way.clear()
+        del self.engine, self.device, self._machine

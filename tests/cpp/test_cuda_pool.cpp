@@ -79,6 +79,34 @@ struct World {
   std::unique_ptr<HostPool> host;
 };
 
+// What the device has of a plan, byte for byte. The tables as far as their rows reach.
+void compare(const StepMemory& step, const StepPlan& plan) {
+  using Array = StepMemory::Array;
+  const auto same = [&](Array array, const auto* host, std::size_t count) {
+    const std::byte* there = step.address(array);
+    return there != nullptr && reinterpret_cast<const std::byte*>(step.on_device(host)) == there &&
+           std::memcmp(there, host, count * sizeof *host) == 0;
+  };
+  const auto batch = static_cast<std::size_t>(plan.batch_size);
+  const auto tokens = static_cast<std::size_t>(plan.num_tokens);
+  CHECK(same(Array::query_starts, plan.query_starts, batch + 1));
+  CHECK(same(Array::seq_lens, plan.seq_lens, batch));
+  if (plan.num_tokens <= kShape.max_tokens) {
+    CHECK(same(Array::slots, plan.slots, tokens));
+    CHECK(same(Array::positions, plan.positions, tokens));
+    CHECK(same(Array::input_ids, plan.input_ids, tokens));
+  } else {
+    CHECK(step.address(Array::slots) == nullptr);
+    CHECK(step.on_device(plan.slots) == nullptr);
+  }
+  const auto* cells = reinterpret_cast<const BlockId*>(step.address(Array::block_tables));
+  for (std::size_t row = 0; row < batch; ++row) {
+    const BlockId* host = plan.block_tables + row * static_cast<std::size_t>(plan.table_stride);
+    const std::int32_t blocks = (plan.seq_lens[row] + kBlockSize - 1) / kBlockSize;
+    CHECK(std::equal(host, host + blocks, cells + row * kShape.table_stride));
+  }
+}
+
 }  // namespace
 
 TEST_CASE("a CUDA pool ends as the host pool, however late its kernels run") {
@@ -199,33 +227,7 @@ TEST_CASE("a step's arrays on the device are the plan's, whatever happened to th
       }
       ++num_uploads;
       w.pool->synchronize();
-      const StepMemory& step = w.pool->step();
-      const auto same = [&](StepMemory::Array array, const auto* host, std::size_t count) {
-        const std::byte* there = step.address(array);
-        return there != nullptr && step.on_device(host) != nullptr &&
-               std::memcmp(there, host, count * sizeof *host) == 0;
-      };
-      const auto b = static_cast<std::size_t>(plan->batch_size);
-      const auto t = static_cast<std::size_t>(plan->num_tokens);
-      CHECK(same(StepMemory::Array::query_starts, plan->query_starts, b + 1));
-      CHECK(same(StepMemory::Array::seq_lens, plan->seq_lens, b));
-      if (plan->num_tokens <= kShape.max_tokens) {
-        CHECK(same(StepMemory::Array::slots, plan->slots, t));
-        CHECK(same(StepMemory::Array::positions, plan->positions, t));
-        CHECK(same(StepMemory::Array::input_ids, plan->input_ids, t));
-      } else {
-        CHECK(step.address(StepMemory::Array::slots) == nullptr);
-        CHECK(step.on_device(plan->slots) == nullptr);
-      }
-      for (std::size_t row = 0; row < b; ++row) {
-        const auto* cells =
-            reinterpret_cast<const BlockId*>(step.address(StepMemory::Array::block_tables)) +
-            row * kShape.table_stride;
-        const BlockId* host =
-            plan->block_tables + row * static_cast<std::size_t>(plan->table_stride);
-        const std::int32_t blocks = (plan->seq_lens[row] + kBlockSize - 1) / kBlockSize;
-        CHECK(std::equal(host, host + blocks, cells));
-      }
+      compare(w.pool->step(), *plan);
       if (w.below(4) == 0) {
         manager.rollback(plan->step);
       } else {

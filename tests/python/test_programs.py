@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Literal
+from typing import Any, Literal
 
 import pagedkv as pk
 from hazard_world import LAYOUTS, World
@@ -17,14 +17,8 @@ class Program:
     def __init__(self, seed: int) -> None:
         self.choose = random.Random(seed)
         self.lost = False
-        device = SimulatedDevice(
+        self.w = self.make_world(
             seed,
-            schedule=self.choose.choice(SCHEDULES),
-            num_compute_streams=2,
-            max_events=self.choose.choice([3, 6, 1000, 1000]),
-        )
-        self.w = World(
-            device=device,
             device_blocks=self.choose.randrange(4, 14),
             host_blocks=self.choose.randrange(1, 14),
             block_size=self.choose.randrange(1, 4),
@@ -32,6 +26,15 @@ class Program:
             max_model_len=24,
         )
         self.transfers: list[pk.Transfer] = []
+
+    def make_world(self, seed: int, **options: Any) -> World:
+        device = SimulatedDevice(
+            seed,
+            schedule=self.choose.choice(SCHEDULES),
+            num_compute_streams=2,
+            max_events=self.choose.choice([3, 6, 1000, 1000]),
+        )
+        return World(device=device, **options)
 
     def some(self, most: int = 2) -> list[int]:
         ids = list(self.w.texts)
@@ -121,7 +124,7 @@ class Program:
                 except REFUSALS:
                     pass
                 except pk.DeviceError as error:
-                    if not (self.lost and "lost" in str(error)) and "event" not in str(error):
+                    if not (self.lost and "lost" in str(error)) and not self.may_be_refused(error):
                         raise
                 except pk.InvalidSpec as error:
                     if "max_model_len" not in str(error):
@@ -130,8 +133,14 @@ class Program:
                 w.kv.manager.verify()
             if self.choose.random() < 0.7 and not self.lost:
                 self.look_at_all()
-        assert w.all_problems() == []
-        assert w.device.host_bytes == w.device.num_events == 0
+        self.check_end()
+
+    def may_be_refused(self, error: pk.DeviceError) -> bool:
+        return "event" in str(error)
+
+    def check_end(self) -> None:
+        assert self.w.all_problems() == []
+        assert self.w.device.host_bytes == self.w.device.num_events == 0
 
     def look_at_all(self) -> None:
         w = self.w

@@ -7,8 +7,11 @@
 
 Copies run as late, as torn and in as odd an order as what is declared allows, all of it decided by
 the seed, and every pair of accesses that nothing orders is a violation, whether or not it did harm.
+
+`device=CudaDevice(SimulatedCuda(seed=7))` runs the whole path of a GPU the same way: its streams,
+events, uploads and kernels, without a GPU.
 """
 
-from pagedkv._core import SimulatedDevice
+from pagedkv._core import CudaDevice, SimulatedCuda, SimulatedDevice
 
-__all__ = ["SimulatedDevice"]
+__all__ = ["CudaDevice", "SimulatedCuda", "SimulatedDevice"]

@@ -1,0 +1,224 @@
+"""KVCache on a GPU whose CUDA is simulated: its whole path, but for CUDA's own calls."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import pagedkv as pk  # noqa: E402
+from hazard_world import LAYOUTS, World  # noqa: E402
+from pagedkv.testing import CudaDevice, SimulatedCuda  # noqa: E402
+from test_programs import Program  # noqa: E402
+
+OUT_OF_MEMORY, ILLEGAL_ADDRESS = 2, 700
+CALLS = [
+    "cudaStreamWaitEvent",
+    "cudaEventRecord",
+    "cudaEventCreate",
+    "cudaMemcpyAsync",
+    "cudaMemcpyBatchAsync",
+    "copy_blocks",
+    "scatter_kv",
+    "gather_kv",
+    "transfer_blocks",
+    "update_tables",
+    "cudaSetDevice",
+]
+METHODS = ["loop", "batch", "kernel"]
+
+
+class CudaWorld(World):
+    def __init__(
+        self,
+        seed: int = 0,
+        schedule: Literal["eager", "lazy", "random"] = "random",
+        copy_method: str = "auto",
+        **options: Any,
+    ) -> None:
+        self.cuda = SimulatedCuda(seed, schedule=schedule)
+        self.streams = [0, 2, self.cuda.make_stream()]
+        device = CudaDevice(self.cuda, copy_method=copy_method)
+        super().__init__(device=device, **options)
+
+    def all_problems(self) -> list[str]:
+        return self.problems + self.cuda.violations
+
+
+class CudaProgram(Program):
+    """Calls of CUDA fail instead of copies, and the caller is on any kind of stream."""
+
+    def make_world(self, seed: int, **options: Any) -> World:
+        schedule: Any = self.choose.choice(["lazy", "random", "random", "eager"])
+        method = self.choose.choice(METHODS)
+        self.cuda_world = CudaWorld(seed, schedule, method, **options)
+        return self.cuda_world
+
+    def fail(self) -> None:
+        if self.choose.random() < 0.3:
+            self.cuda_world.cuda.fail(self.choose.choice(CALLS), OUT_OF_MEMORY)
+
+    def lose(self) -> None:
+        if self.choose.random() < 0.1:
+            self.cuda_world.cuda.fail("cudaEventRecord", ILLEGAL_ADDRESS)
+            self.lost = True
+
+    def stream(self) -> None:
+        if not self.lost:
+            self.w.device.use_stream(self.choose.choice(self.cuda_world.streams))
+
+    def may_be_refused(self, error: pk.DeviceError) -> bool:
+        return "simulated error" in str(error)
+
+    def nothing_fails(self) -> None:
+        for call in CALLS:
+            self.cuda_world.cuda.fail(call, OUT_OF_MEMORY, 1 << 30)
+
+    def look_at_all(self) -> None:
+        self.nothing_fails()
+        super().look_at_all()
+
+    def check_end(self) -> None:
+        assert self.w.all_problems() == []
+        self.nothing_fails()
+        self.w.device.close()
+        assert self.lost or self.cuda_world.cuda.num_live == 1  # the caller's stream
+
+
+def test_random_programs_on_simulated_cuda(runs: int, first_seed: int) -> None:
+    for seed in range(first_seed, first_seed + runs):
+        try:
+            CudaProgram(seed).run()
+        except BaseException:
+            print(f"repeat with --runs=1 --first-seed={seed}")
+            raise
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("copy_method", METHODS)
+@pytest.mark.parametrize("schedule", ["lazy", "random", "eager"])
+def test_out_and_in_beside_steps_that_take_the_blocks(
+    schedule: Any, copy_method: str, layout: Any
+) -> None:
+    with CudaWorld(3, schedule, copy_method, layout=layout) as w:
+        a, b = w.admit([1, 2, 3, 4, 5]), w.admit([1, 2, 3, 9])
+        for n in range(6):
+            w.device.use_stream(w.streams[n % 3])
+            w.kv.swap_out([a])
+            w.overwrite()
+            w.step({b: [n]}, check=True)
+            w.kv.swap_in([a]).wait()
+            w.step({a: [n]}, check=True)
+            w.truncate(b, 4)
+        w.settle()
+        assert w.all_problems() == []
+        called = {"loop": "cudaMemcpyAsync", "batch": "cudaMemcpyBatchAsync"}
+        assert w.cuda.num_calls(called.get(copy_method, "transfer_blocks")) > 0
+
+
+def test_a_step_is_on_the_device_as_its_plan_says() -> None:
+    with CudaWorld(1, "lazy", max_model_len=40, device_blocks=60) as w:
+        ids = [w.admit([n, 1, 2]) for n in range(5)]
+        addresses = set()
+        for n in range(20):
+            with w.kv.step(ids, [n] * 5) as step:
+                for name in [
+                    "input_ids",
+                    "slots",
+                    "positions",
+                    "query_starts",
+                    "seq_lens",
+                    "block_tables",
+                ]:
+                    on_device, host = getattr(step, name), getattr(step.plan, name)
+                    assert on_device.tolist() == host.tolist(), name
+                addresses.add((step.slots.data_ptr(), step.block_tables.data_ptr()))
+        assert len(addresses) == 1  # as a captured graph needs it
+        assert w.cuda.violations == []
+
+
+def test_a_larger_step_than_the_device_keeps_arrays_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagedkv.machine.MAX_STEP_TOKENS", 4)
+    with CudaWorld(1, "lazy", device_blocks=60, max_batch=2) as w:
+        a = w.create([])
+        w.step({a: list(range(20))}, check=True)
+        with w.kv.step([a], [7] * 6, counts=[6]) as step:
+            assert step.slots.tolist() == step.plan.slots.tolist()
+            w.write(step, [b"\0" * 64] * 6)
+        assert w.all_problems() == []
+
+
+def test_a_lost_device() -> None:
+    w = CudaWorld(1, "lazy")
+    a, b = w.admit([1, 2, 3]), w.admit([4, 5, 6])
+    transfer = w.kv.swap_out([a])
+    w.cuda.fail("cudaEventQuery", ILLEGAL_ADDRESS)
+    with pytest.raises(pk.TransferError, match="restart"):
+        transfer.wait()
+    with pytest.raises(pk.DeviceError, match="lost"):
+        w.kv.step([b], [7])
+    assert w.kv.length(b) == 3
+    w.kv.manager.verify()
+    w.kv.close()
+    assert transfer.done
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is() -> None:
+    cuda = SimulatedCuda(schedule="lazy")
+    device = CudaDevice(cuda)
+    cuda.limit_pinned(4 << 20)
+    with World(device=device) as w:
+        a = w.admit([1, 2, 3, 4])
+        with pytest.warns(RuntimeWarning, match="could not be pinned"):
+            w.kv.swap_out([a])
+        w.kv.swap_in([a]).wait()
+        w.read(a)
+        assert w.problems == []
+        assert device.num_pageable_bytes > 0
+
+
+def test_copies_are_measured_and_shown() -> None:
+    cuda = SimulatedCuda(schedule="eager")
+    with World(device=CudaDevice(cuda, calibrate=True)) as w:
+        table = w.kv.copy_methods()
+        assert table.count("out ") == table.count("in ") == 5
+    with pytest.raises(pk.InvalidSpec, match="copy_method"):
+        CudaDevice(cuda, copy_method="fast")
+    with pytest.raises(pk.InvalidSpec, match="batch"):
+        CudaDevice(SimulatedCuda(has_batch=False), copy_method="batch")
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(pk.DeviceError, match="simulated error 101"):
+        CudaDevice(SimulatedCuda(num_devices=2), 2)
+    if not torch.cuda.is_available():
+        with pytest.raises(pk.DeviceError, match="CUDA"):
+            pk.KVCache(pk.KVSpec(1, 1, 4, "float32", 2), device="cuda", num_device_blocks=4)
+
+
+def test_two_devices_in_one_process() -> None:
+    cuda = SimulatedCuda(5, num_devices=2)
+    with World(device=CudaDevice(cuda, 0)) as one, World(device=CudaDevice(cuda, 1)) as two:
+        for n in range(10):
+            for w, first in ((one, 0), (two, 100)):
+                a = w.admit([first + n, 1, 2, 3])
+                w.kv.swap_out([a])
+                w.overwrite()
+                w.kv.swap_in([a]).wait()
+                w.read(a)
+                w.release(a)
+        assert one.problems + two.problems + cuda.violations == []
+
+
+def test_closing_gives_everything_back() -> None:
+    cuda = SimulatedCuda()
+    device = CudaDevice(cuda)
+    before = cuda.num_live
+    w = World(device=device)
+    w.kv.swap_out([w.admit([1, 2, 3])])
+    w.kv.close()
+    w.kv.close()
+    device.close()
+    assert cuda.num_live == 0 < before
