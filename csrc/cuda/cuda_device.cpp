@@ -167,6 +167,10 @@ void CudaDevice::fence(Stream stream, Event event, FenceSite) {
 
 Status CudaDevice::settle(EventState& state, int code, const char* call) {
   if (code == CudaRuntime::kSuccess) return state.status = Status::done;
+  if (!is_sticky(code)) {  // of the call, not of the work, which may be under way
+    runtime_->clear_error();
+    return Status::pending;
+  }
   if (lost_.empty()) lost_ = error_message(*runtime_, code, call);
   runtime_->clear_error();
   return state.status = Status::failed;
@@ -188,7 +192,11 @@ Status CudaDevice::wait(Event event) {
   const Guard guard(*this);
   ++num_host_waits_;
   EventState& state = find(event);
-  return settle(state, runtime_->synchronize(state.event), "cudaEventSynchronize");
+  const int code = runtime_->synchronize(state.event);
+  if (settle(state, code, "cudaEventSynchronize") == Status::pending) {
+    check(code, "cudaEventSynchronize");
+  }
+  return state.status;
 }
 
 std::string CudaDevice::failure(Event event) {

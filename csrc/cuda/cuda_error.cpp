@@ -15,6 +15,7 @@ const char* what_to_do(int code) {
     case 100: return "there is no CUDA device here";
     case 400: return "the stream or event is another device's, or has been destroyed";
     case 801: return "this driver cannot do that";
+    case 900: return "a stream is being captured into a CUDA graph: ask again when it is not";
     default: return is_sticky(code) ? "this process has lost the device: restart it" : "";
   }
 }

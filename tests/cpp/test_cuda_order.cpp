@@ -159,6 +159,40 @@ TEST_CASE("a stream that is being captured gets no transfers, and its capture su
   m.device->close();
 }
 
+TEST_CASE("while another stream is being captured, events are late, and the device is not lost") {
+  Machine m;
+  const Event event = m.device->record(m.device->compute_stream());
+  const CudaStream others = m.callers_stream();
+  m.runtime->capture(others, true);
+  CHECK(m.device->poll(event) == Status::pending);
+  CHECK(has(error_of([&] { m.device->wait(event); }), "captured"));
+  m.runtime->capture(others, false);
+  CHECK(m.device->wait(event) == Status::done);
+  m.device->recycle(event);
+  m.device->close();
+}
+
+TEST_CASE("a question about an event that is refused says nothing about its copies") {
+  Machine m;
+  std::byte* const host = m.device->allocate_host(4096);
+  const std::vector<std::byte> memory(4096, std::byte{7});
+  const CopyRun run{host, memory.data(), 4096};
+  const Stream stream = m.device->make_stream();
+  m.device->copy(stream, {&run, 1});
+  const Event event = m.device->record(stream);
+  m.runtime->fail("cudaEventQuery", kOutOfMemory);
+  // Had it failed, or thrown, the engine would give away the memory that is being copied.
+  CHECK(m.device->poll(event) == Status::pending);
+  CHECK(m.num_pending() > 0);
+  m.runtime->fail("cudaEventSynchronize", kOutOfMemory);
+  CHECK(has(error_of([&] { m.device->wait(event); }), "cudaEventSynchronize"));
+  CHECK(m.device->wait(event) == Status::done);
+  CHECK(std::ranges::equal(memory, std::span(host, 4096)));
+  m.device->recycle(event);
+  m.device->free_host(host, 4096);
+  m.device->close();
+}
+
 TEST_CASE("kernels whose arrays are on the device already can be captured") {
   Machine m;
   std::vector<std::byte> memory(4 * 2 * 64), source(2 * 64, std::byte{7});
