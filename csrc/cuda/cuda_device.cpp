@@ -3,27 +3,20 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
 #include "core/check.h"
 #include "cuda/cuda_error.h"
-#include "cuda/kernels.h"
 
 namespace pagedkv {
 
 namespace {
-
-constexpr std::int64_t kMostPieceBytes = std::int64_t{64} << 10;  // of a kernel's work on one run
 
 CudaStream cuda(Stream stream) {
   return reinterpret_cast<CudaStream>(static_cast<std::uintptr_t>(stream));
 }
 
 Stream ours(CudaStream stream) { return Stream{reinterpret_cast<std::uintptr_t>(stream)}; }
-
-// Streams that CUDA refuses batched copies on: the legacy default stream, by its two names.
-bool is_legacy(CudaStream stream) { return reinterpret_cast<std::uintptr_t>(stream) <= 1; }
 
 }  // namespace
 
@@ -32,6 +25,13 @@ CudaDevice::Guard::Guard(CudaDevice& device) : runtime_(*device.runtime_) {
   if (before_ == device.options_.index) return;
   device.check(runtime_.set_device(device.options_.index), "cudaSetDevice");
   changed_ = true;
+}
+
+CudaDevice::Guard::Guard(CudaDevice& device, std::nothrow_t) : runtime_(*device.runtime_) {
+  if (runtime_.get_device(&before_) == 0 && before_ != device.options_.index) {
+    changed_ = runtime_.set_device(device.options_.index) == 0;
+  }
+  if (!changed_) runtime_.clear_error();
 }
 
 CudaDevice::Guard::~Guard() {
@@ -48,7 +48,7 @@ CudaDevice::CudaDevice(std::shared_ptr<CudaRuntime> runtime, const CudaOptions& 
 }
 
 CudaDevice::~CudaDevice() {
-  if (process_ != ::getpid()) {  // all of it is the parent's
+  if (is_parents()) {  // all of it is the parent's
     for (auto& memory : host_) memory->leave();
     static_cast<void>(ring_.release());
     return;
@@ -65,10 +65,27 @@ void CudaDevice::check(int code, const char* call) {
   pagedkv::check(*runtime_, code, call);
 }
 
+bool CudaDevice::is_parents() const { return process_ != ::getpid(); }
+
 void CudaDevice::check_open() const {
-  if (process_ != ::getpid()) throw DeviceError("CUDA does not survive fork(): use spawn");
+  if (is_parents()) throw DeviceError("CUDA does not survive fork(): use spawn");
   if (closed_) throw DeviceError("the CUDA device is closed");
   if (!lost_.empty()) throw DeviceError("the CUDA device is lost: " + lost_);
+}
+
+// An event in a capture is a part of the graph, and asking for one that is not breaks the capture.
+bool CudaDevice::is_capturing() {
+  const Guard guard(*this);  // the legacy stream is the current device's
+  bool capturing = false;
+  check(runtime_->is_capturing(stream_, &capturing), "cudaStreamIsCapturing");
+  return capturing;
+}
+
+void CudaDevice::check_not_capturing() {
+  if (!is_capturing()) return;
+  throw DeviceError(
+      "the current stream is being captured into a CUDA graph: begin and end steps, and move "
+      "blocks, outside of the capture");
 }
 
 void CudaDevice::use_stream(CudaStream stream) {
@@ -87,6 +104,7 @@ void CudaDevice::use_stream(CudaStream stream) {
 
 Stream CudaDevice::compute_stream() {
   check_open();
+  check_not_capturing();
   return ours(stream_);
 }
 
@@ -108,89 +126,6 @@ void CudaDevice::synchronize(CudaStream stream) {
 void CudaDevice::synchronize_callers() {
   for (const CudaStream stream : callers_) synchronize(stream);
   callers_ = {stream_};
-}
-
-// -------------------------------------------------------------------------------------- copies
-
-void CudaDevice::copy(Stream stream, std::span<const CopyRun> runs) {
-  check_open();
-  if (runs.empty()) return;
-  const Guard guard(*this);
-  Direction direction = Direction::in;
-  bool is_ours = false;  // between the device and memory of allocate_host()
-  for (const auto& memory : host_) {
-    for (const CopyRun& run : runs) {
-      const bool out = memory->contains(run.target);
-      if (!out && !memory->contains(run.source)) continue;
-      memory->lock(out ? run.target : run.source, run.bytes);
-      direction = out ? Direction::out : Direction::in;
-      is_ours = memory->num_pageable_bytes() == 0;
-    }
-  }
-  CopyMethod method = is_ours ? methods_.choose(direction, runs) : CopyMethod::loop;
-  if (method == CopyMethod::batch && is_legacy(cuda(stream))) method = CopyMethod::loop;
-  try {
-    copy_by(method, cuda(stream), runs);
-  } catch (const DeviceError&) {
-    // Some of the runs may be under way. Who is told that nothing was enqueued takes their memory
-    // for other things, so they have to end first. A lost device runs nothing any more.
-    if (lost_.empty() && runtime_->synchronize(cuda(stream)) != 0) runtime_->clear_error();
-    throw;
-  }
-}
-
-void CudaDevice::copy_by(CopyMethod method, CudaStream stream, std::span<const CopyRun> runs) {
-  if (method == CopyMethod::kernel) return copy_by_kernel(stream, runs);
-  if (method == CopyMethod::loop) {
-    for (const CopyRun& run : runs) {
-      if (run.bytes == 0) continue;
-      check(runtime_->copy(run.target, run.source, run.bytes, stream), "cudaMemcpyAsync");
-    }
-    return;
-  }
-  std::vector<void*> targets;
-  std::vector<const void*> sources;
-  std::vector<std::size_t> bytes;
-  for (const CopyRun& run : runs) {
-    if (run.bytes == 0) continue;
-    targets.push_back(run.target);
-    sources.push_back(run.source);
-    bytes.push_back(run.bytes);
-  }
-  if (bytes.empty()) return;
-  check(runtime_->copy_batch(targets.data(), sources.data(), bytes.data(), bytes.size(), stream),
-        "cudaMemcpyBatchAsync");
-}
-
-void CudaDevice::copy_by_kernel(CudaStream stream, std::span<const CopyRun> runs) {
-  Alignment all;
-  std::int64_t largest = 0;
-  for (const CopyRun& run : runs) {
-    all.with(run.target).with(run.source).with(static_cast<std::int64_t>(run.bytes));
-    largest = std::max(largest, static_cast<std::int64_t>(run.bytes));
-  }
-  const std::int64_t piece_bytes = std::min(largest, kMostPieceBytes);
-  std::vector<TransferPiece> pieces;
-  for (const CopyRun& run : runs) {
-    const auto bytes = static_cast<std::int64_t>(run.bytes);
-    for (std::int64_t at = 0; at < bytes; at += piece_bytes) {
-      pieces.push_back({run.target + at, run.source + at, std::min(piece_bytes, bytes - at)});
-    }
-  }
-  if (pieces.empty()) return;
-  const std::size_t size = pieces.size() * sizeof(TransferPiece);
-  ring_->upload(
-      stream, size,
-      [&](std::byte* host) {
-        std::copy_n(reinterpret_cast<const std::byte*>(pieces.data()), size, host);
-      },
-      [&](std::byte* device) {
-        check(runtime_->launch(TransferBlocks::make(reinterpret_cast<const TransferPiece*>(device),
-                                                    static_cast<std::int64_t>(pieces.size()),
-                                                    piece_bytes, all.word_bytes()),
-                               stream),
-              "transfer_blocks");
-      });
 }
 
 // -------------------------------------------------------------------------------------- events
@@ -232,6 +167,10 @@ void CudaDevice::fence(Stream stream, Event event, FenceSite) {
 
 Status CudaDevice::settle(EventState& state, int code, const char* call) {
   if (code == CudaRuntime::kSuccess) return state.status = Status::done;
+  if (!is_sticky(code)) {  // of the call, not of the work, which may be under way
+    runtime_->clear_error();
+    return Status::pending;
+  }
   if (lost_.empty()) lost_ = error_message(*runtime_, code, call);
   runtime_->clear_error();
   return state.status = Status::failed;
@@ -240,7 +179,7 @@ Status CudaDevice::settle(EventState& state, int code, const char* call) {
 Status CudaDevice::poll(Event event) {
   check_open();
   EventState& state = find(event);
-  if (state.status != Status::pending) return state.status;
+  if (state.status != Status::pending || is_capturing()) return state.status;
   const Guard guard(*this);
   const int code = runtime_->query(state.event);
   return code == CudaRuntime::kNotReady ? Status::pending : settle(state, code, "cudaEventQuery");
@@ -249,10 +188,15 @@ Status CudaDevice::poll(Event event) {
 Status CudaDevice::wait(Event event) {
   const Status status = poll(event);
   if (status != Status::pending) return status;
+  check_not_capturing();
   const Guard guard(*this);
   ++num_host_waits_;
   EventState& state = find(event);
-  return settle(state, runtime_->synchronize(state.event), "cudaEventSynchronize");
+  const int code = runtime_->synchronize(state.event);
+  if (settle(state, code, "cudaEventSynchronize") == Status::pending) {
+    check(code, "cudaEventSynchronize");
+  }
+  return state.status;
 }
 
 std::string CudaDevice::failure(Event event) {
@@ -287,11 +231,19 @@ std::byte* CudaDevice::allocate_host(std::size_t bytes) {
 }
 
 void CudaDevice::free_host(std::byte* memory, std::size_t) {
-  if (process_ != ::getpid()) return;
+  if (is_parents()) return;
+  const Guard guard(*this, std::nothrow);
   const auto found =
       std::ranges::find_if(host_, [&](const auto& h) { return h->data() == memory; });
   KV_CHECK(found != host_.end());
   host_.erase(found);
+}
+
+PinnedMemory* CudaDevice::find_host(const std::byte* address) const {
+  for (const auto& memory : host_) {
+    if (memory->contains(address)) return memory.get();
+  }
+  return nullptr;
 }
 
 std::size_t CudaDevice::num_pageable_bytes() const {
@@ -300,54 +252,10 @@ std::size_t CudaDevice::num_pageable_bytes() const {
   return sum;
 }
 
-// ---------------------------------------------------------------------------------- calibration
-
-void CudaDevice::calibrate() {
-  check_open();
-  constexpr std::size_t kBytes = std::size_t{16} << 20;
-  const Guard guard(*this);
-  PinnedMemory host(runtime_, options_.index, kBytes, {.chunk_bytes = kBytes, .ahead = false});
-  host.lock_all();
-  void* memory = nullptr;
-  check(runtime_->allocate(&memory, kBytes), "cudaMalloc");
-  CudaStream stream = nullptr;
-  const auto measure = [&](CopyMethod method, Direction direction, std::size_t piece) {
-    std::vector<CopyRun> runs;  // every other piece, so that no two are neighbours
-    for (std::size_t at = 0; at + piece <= kBytes; at += 2 * piece) {
-      std::byte* const there = static_cast<std::byte*>(memory) + at;
-      std::byte* const here = host.data() + at;
-      runs.push_back(direction == Direction::out ? CopyRun{here, there, piece}
-                                                 : CopyRun{there, here, piece});
-    }
-    double best = 1e9;
-    for (int round = 0; round < 3; ++round) {
-      const auto begin = std::chrono::steady_clock::now();
-      copy_by(method, stream, runs);
-      check(runtime_->synchronize(stream), "cudaStreamSynchronize");
-      best = std::min(
-          best, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
-    }
-    return static_cast<double>(runs.size() * piece) / std::max(best, 1e-9);
-  };
-  const auto give_back = [&] {
-    if (stream != nullptr && runtime_->destroy_stream(stream) != 0) runtime_->clear_error();
-    if (runtime_->free(memory) != 0) runtime_->clear_error();
-  };
-  try {
-    check(runtime_->create_stream(&stream), "cudaStreamCreateWithFlags");
-    methods_.calibrate(measure);
-  } catch (...) {
-    if (stream != nullptr) static_cast<void>(runtime_->synchronize(stream));
-    give_back();
-    throw;
-  }
-  give_back();
-}
-
 // -------------------------------------------------------------------------------------- closing
 
 void CudaDevice::close() {
-  if (process_ != ::getpid()) throw DeviceError("CUDA does not survive fork(): use spawn");
+  if (is_parents()) throw DeviceError("CUDA does not survive fork(): use spawn");
   if (std::exchange(closed_, true)) return;
   std::string failed;
   const auto end = [&](int code, const char* call) {

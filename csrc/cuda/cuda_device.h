@@ -3,7 +3,8 @@
 //
 // The caller says which stream his work is queued on, at every call, since CUDA has no word for it:
 // torch's current stream, say. Streams here are CUDA's handles themselves. Every call leaves the
-// current device of the calling thread as it was.
+// current device of the calling thread as it was. While the caller's stream is being captured into
+// a graph, no event ends, and compute_stream(), wait() and uploads throw.
 //
 // An error after which CUDA refuses everything (an illegal address, for one) makes the device lost:
 // what was under way counts as failed, every call throws DeviceError, close() works.
@@ -11,6 +12,7 @@
 
 #include <atomic>
 #include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -67,6 +69,7 @@ class CudaDevice final : public Device {
   class Guard {
    public:
     explicit Guard(CudaDevice& device);
+    Guard(CudaDevice& device, std::nothrow_t);  // for what gives back, on a lost device, too
     ~Guard();
     Guard(const Guard&) = delete;
     Guard& operator=(const Guard&) = delete;
@@ -81,6 +84,8 @@ class CudaDevice final : public Device {
   CudaStream stream() const { return stream_; }
   void check(int code, const char* call);  // throws DeviceError; remembers a device that is lost
   void check_open() const;
+  void check_not_capturing();
+  bool is_parents() const;  // in a forked child, which must not touch CUDA
   bool is_open() const { return !closed_ && lost_.empty(); }  // else nothing is under way
   void synchronize(CudaStream stream);
   void synchronize_callers();  // all streams that the caller was on
@@ -93,7 +98,16 @@ class CudaDevice final : public Device {
     Status status = Status::pending;
   };
 
+  struct Prepared {
+    std::vector<CopyRun> runs;
+    Direction direction = Direction::in;
+    bool is_pinned = true;  // each of them between the device and pinned host memory
+  };
+
   EventState& find(Event event);
+  PinnedMemory* find_host(const std::byte* address) const;
+  bool is_capturing();
+  Prepared prepare(std::span<const CopyRun> runs);
   void copy_by(CopyMethod method, CudaStream stream, std::span<const CopyRun> runs);
   void copy_by_kernel(CudaStream stream, std::span<const CopyRun> runs);
   Status settle(EventState& state, int code, const char* call);
@@ -103,7 +117,7 @@ class CudaDevice final : public Device {
   const std::int64_t process_;
   CudaStream stream_ = nullptr;
   std::vector<CudaStream> callers_{nullptr};  // that the caller was on since all were waited for
-  std::vector<CudaStream> streams_;  // our own
+  std::vector<CudaStream> streams_;           // our own
   std::vector<EventState> events_;
   std::vector<std::size_t> free_events_;
   std::vector<std::unique_ptr<PinnedMemory>> host_;

@@ -15,6 +15,7 @@ const char* what_to_do(int code) {
     case 100: return "there is no CUDA device here";
     case 400: return "the stream or event is another device's, or has been destroyed";
     case 801: return "this driver cannot do that";
+    case 900: return "a stream is being captured into a CUDA graph: ask again when it is not";
     default: return is_sticky(code) ? "this process has lost the device: restart it" : "";
   }
 }
@@ -25,6 +26,7 @@ bool is_sticky(int code) {
   switch (code) {
     case 214:  // ECC error that cannot be corrected
     case 220:  // NVLink error
+    case 226:  // an error of the hardware, contained
     case 700:  // illegal address
     case 702:  // launch timed out
     case 709:  // context is destroyed
@@ -35,7 +37,9 @@ bool is_sticky(int code) {
     case 717:  // invalid address space
     case 718:  // invalid program counter
     case 719:  // launch failed
-    case 721:
+    case 721:  // tensor memory leak
+    case 810:  // MPS client terminated
+    case 911:  // external device
     case 999: return true;
     default: return false;
   }

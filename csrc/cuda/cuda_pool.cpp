@@ -33,7 +33,9 @@ CudaPool::CudaPool(std::shared_ptr<CudaDevice> device, std::vector<Region> regio
   }
 }
 
-CudaPool::~CudaPool() {  // whichever device is current: the address says whose it is
+CudaPool::~CudaPool() {
+  if (device_->is_parents()) return;
+  const CudaDevice::Guard guard(*device_, std::nothrow);
   if (device_->runtime().free(regions_) != 0) device_->runtime().clear_error();
 }
 

@@ -31,6 +31,13 @@ int RealRuntime::device_of(CudaStream stream, int* device) {
 #endif
 }
 
+int RealRuntime::is_capturing(CudaStream stream, bool* capturing) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const int code = cudaStreamIsCapturing(stream, &status);
+  *capturing = status != cudaStreamCaptureStatusNone;
+  return code;
+}
+
 int RealRuntime::create_event(CudaEvent* event) { return cudaEventCreate(event); }
 int RealRuntime::destroy_event(CudaEvent event) { return cudaEventDestroy(event); }
 int RealRuntime::record(CudaEvent event, CudaStream stream) {

@@ -20,6 +20,7 @@ class RealRuntime final : public CudaRuntime {
   int destroy_stream(CudaStream stream) override;
   int synchronize(CudaStream stream) override;
   int device_of(CudaStream stream, int* device) override;
+  int is_capturing(CudaStream stream, bool* capturing) override;
 
   int create_event(CudaEvent* event) override;
   int destroy_event(CudaEvent event) override;

@@ -1,6 +1,7 @@
 #include "cuda/pinned_memory.h"
 
 #include <algorithm>
+#include <system_error>
 
 #include "host/host_memory.h"
 
@@ -8,17 +9,28 @@ namespace pagedkv {
 
 namespace {
 constexpr std::size_t kOsPage = 4096;
+
+// No OS page is in two registrations.
+PinnedOptions in_os_pages(PinnedOptions options) {
+  options.chunk_bytes = (std::max(options.chunk_bytes, kOsPage) + kOsPage - 1) / kOsPage * kOsPage;
+  return options;
 }
+
+}  // namespace
 
 PinnedMemory::PinnedMemory(std::shared_ptr<CudaRuntime> runtime, int device, std::size_t bytes,
                            const PinnedOptions& options)
     : runtime_(std::move(runtime)),
       device_(device),
-      options_(options),
+      options_(in_os_pages(options)),
       memory_(map_host_memory(bytes)),
       bytes_(bytes),
-      states_((bytes + options.chunk_bytes - 1) / options.chunk_bytes, State::mapped) {
-  if (options_.ahead && !states_.empty()) ahead_ = std::thread([this] { run(); });
+      states_((bytes + options_.chunk_bytes - 1) / options_.chunk_bytes, State::mapped) {
+  if (!options_.ahead || states_.empty()) return;
+  try {
+    ahead_ = std::thread([this] { run(); });
+  } catch (const std::system_error&) {  // no thread to be had: chunks are locked when needed
+  }
 }
 
 PinnedMemory::~PinnedMemory() {
@@ -46,6 +58,7 @@ void PinnedMemory::run() {
     return runtime_->clear_error();
   }
   for (std::size_t chunk = 0; chunk < num_chunks() && !stopping_; ++chunk) {
+    while (num_waiting_ > 0) std::this_thread::yield();
     const std::lock_guard guard(mutex_);
     lock_chunk(chunk);
   }
@@ -57,7 +70,9 @@ void PinnedMemory::lock(const std::byte* begin, std::size_t bytes) {
   const std::size_t last =
       (static_cast<std::size_t>(begin - memory_) + bytes - 1) / options_.chunk_bytes;
   if (last < num_ready_.load(std::memory_order_acquire)) return;
+  ++num_waiting_;
   const std::lock_guard guard(mutex_);
+  --num_waiting_;
   for (std::size_t chunk = first; chunk <= last; ++chunk) lock_chunk(chunk);
 }
 
@@ -88,12 +103,16 @@ void PinnedMemory::touch(std::byte* begin, std::size_t bytes) const {
   };
   const std::size_t parts = static_cast<std::size_t>(std::max(options_.num_touching, 1));
   const std::size_t part = (bytes / parts + kOsPage) / kOsPage * kOsPage;
-  std::vector<std::thread> threads;
-  for (std::size_t at = part; at < bytes; at += part) {
-    threads.emplace_back(touch_part, begin + at, begin + std::min(at + part, bytes));
+  std::vector<std::jthread> threads;
+  std::size_t at = part;
+  try {
+    for (; at < bytes; at += part) {
+      threads.emplace_back(touch_part, begin + at, begin + std::min(at + part, bytes));
+    }
+  } catch (const std::system_error&) {  // no more threads to be had
+    touch_part(begin + at, begin + bytes);
   }
   touch_part(begin, begin + std::min(part, bytes));
-  for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace pagedkv

@@ -2,8 +2,8 @@
 //
 // Pinning costs the time of touching all of it, seconds for a large tier, so it is not done
 // before somebody waits for it: a helper thread goes through the chunks, in order, and whoever
-// needs a chunk before that locks it himself. A chunk that the system refuses to lock stays
-// pageable: the copies are right, and slower.
+// needs a chunk before that locks it himself, ahead of the helper. A chunk that the system refuses
+// to lock stays pageable: the copies are right, and slower.
 #pragma once
 
 #include <atomic>
@@ -37,6 +37,11 @@ class PinnedMemory {
   bool contains(const std::byte* address) const {
     return address >= memory_ && address < memory_ + bytes_;
   }
+  // Bytes from here to the end of the chunk: no single copy may reach further.
+  std::size_t left_in_chunk(const std::byte* address) const {
+    return options_.chunk_bytes -
+           static_cast<std::size_t>(address - memory_) % options_.chunk_bytes;
+  }
 
   // Locks the chunks of this range that are not locked yet. Waits for nothing on the device.
   void lock(const std::byte* begin, std::size_t bytes);
@@ -58,7 +63,8 @@ class PinnedMemory {
   const PinnedOptions options_;
   std::byte* memory_;
   const std::size_t bytes_;
-  std::mutex mutex_;  // of states_, and held while a chunk is locked
+  std::mutex mutex_;                  // of states_, and held while a chunk is locked
+  std::atomic<int> num_waiting_ = 0;  // for the mutex, whom the helper thread lets go first
   std::vector<State> states_;
   std::atomic<std::size_t> num_ready_ = 0;  // chunks before this are no longer `mapped`
   std::atomic<std::size_t> pageable_bytes_ = 0;

@@ -39,6 +39,7 @@ class CudaRuntime {
   virtual int destroy_stream(CudaStream stream) = 0;
   virtual int synchronize(CudaStream stream) = 0;
   virtual int device_of(CudaStream stream, int* device) = 0;
+  virtual int is_capturing(CudaStream stream, bool* capturing) = 0;  // into a graph
 
   virtual int create_event(CudaEvent* event) = 0;  // with timing
   virtual int destroy_event(CudaEvent event) = 0;

@@ -1,7 +1,10 @@
 #include "cuda/simulated_runtime.h"
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <string_view>
+#include <utility>
 
 #include "cuda/cuda_error.h"
 #include "cuda/kernels.h"
@@ -15,6 +18,7 @@ constexpr int kOutOfMemory = 2;
 constexpr int kInvalidDevice = 101;
 constexpr int kInvalidHandle = 400;
 constexpr int kIllegalAddress = 700;
+constexpr int kCaptureUnsupported = 900;
 constexpr FenceSite kSite = FenceSite::transfer_after_transfer;
 
 thread_local int current_device = 0;
@@ -48,6 +52,7 @@ void SimulatedRuntime::fail(const std::string& function, int code, int k) {
 int SimulatedRuntime::enter(const char* function) {
   const std::lock_guard lock(mutex_);
   ++num_calls_[function];
+  if (!std::string_view(function).ends_with("etDevice")) ++num_calls_on_[current_device];
   if (sticky_ != 0) return sticky_;
   const auto found = failures_.find(function);
   if (found == failures_.end() || --found->second.first > 0) return kSuccess;
@@ -58,6 +63,25 @@ int SimulatedRuntime::enter(const char* function) {
     machine_.lose();
   }
   return code;
+}
+
+int SimulatedRuntime::enter(const char* function, CudaStream stream) {
+  if (const int code = enter(function)) return code;
+  return captured_.contains(stream) ? kCaptureUnsupported : kSuccess;
+}
+
+void SimulatedRuntime::capture(CudaStream stream, bool capturing) {
+  if (capturing) {
+    captured_.insert(stream);
+  } else {
+    captured_.erase(stream);
+  }
+}
+
+std::int64_t SimulatedRuntime::num_calls_on(int device) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = num_calls_on_.find(device);
+  return found == num_calls_on_.end() ? 0 : found->second;
 }
 
 std::int64_t SimulatedRuntime::num_calls(const std::string& function) const {
@@ -115,7 +139,7 @@ int SimulatedRuntime::destroy_stream(CudaStream stream) {
 }
 
 int SimulatedRuntime::synchronize(CudaStream stream) {
-  if (const int code = enter("cudaStreamSynchronize")) return code;
+  if (const int code = enter("cudaStreamSynchronize", stream)) return code;
   if (!known(stream)) return kInvalidHandle;
   machine_.synchronize(lane_of(stream));
   return kSuccess;
@@ -127,6 +151,11 @@ int SimulatedRuntime::device_of(CudaStream stream, int* device) {
   const auto found = streams_.find(stream);
   *device = found == streams_.end() ? current_device : found->second;
   return kSuccess;
+}
+
+int SimulatedRuntime::is_capturing(CudaStream stream, bool* capturing) {
+  *capturing = captured_.contains(stream);
+  return enter("cudaStreamIsCapturing");
 }
 
 // -------------------------------------------------------------------------------------- events
@@ -149,7 +178,7 @@ int SimulatedRuntime::destroy_event(CudaEvent event) {
 
 // What waits for the event as it was goes on waiting for that.
 int SimulatedRuntime::record(CudaEvent event, CudaStream stream) {
-  if (const int code = enter("cudaEventRecord")) return code;
+  if (const int code = enter("cudaEventRecord", stream)) return code;
   const auto found = events_.find(event);
   if (found == events_.end() || !known(stream)) return kInvalidHandle;
   const auto made = streams_.find(stream);
@@ -167,7 +196,7 @@ int SimulatedRuntime::record(CudaEvent event, CudaStream stream) {
 }
 
 int SimulatedRuntime::wait(CudaStream stream, CudaEvent event) {
-  if (const int code = enter("cudaStreamWaitEvent")) return code;
+  if (const int code = enter("cudaStreamWaitEvent", stream)) return code;
   const auto found = events_.find(event);
   if (found == events_.end() || !known(stream)) return kInvalidHandle;
   if (found->second.recorded != Event::none) {
@@ -185,6 +214,7 @@ int SimulatedRuntime::observe(Status status) {
 
 int SimulatedRuntime::query(CudaEvent event) {
   if (const int code = enter("cudaEventQuery")) return code;
+  if (!captured_.empty()) return kCaptureUnsupported;
   const auto found = events_.find(event);
   if (found == events_.end()) return kInvalidHandle;
   if (found->second.recorded == Event::none) return kSuccess;
@@ -193,6 +223,7 @@ int SimulatedRuntime::query(CudaEvent event) {
 
 int SimulatedRuntime::synchronize(CudaEvent event) {
   if (const int code = enter("cudaEventSynchronize")) return code;
+  if (!captured_.empty()) return kCaptureUnsupported;
   const auto found = events_.find(event);
   if (found == events_.end()) return kInvalidHandle;
   if (found->second.recorded == Event::none) return kSuccess;
@@ -200,15 +231,34 @@ int SimulatedRuntime::synchronize(CudaEvent event) {
 }
 
 int SimulatedRuntime::elapsed(CudaEvent first, CudaEvent second, float* milliseconds) {
+  if (const int code = enter("cudaEventElapsedTime")) return code;
+  for (const CudaEvent event : {first, second}) {
+    const auto found = events_.find(event);
+    if (found == events_.end() || found->second.recorded == Event::none) return kInvalidHandle;
+    if (const int code = observe(machine_.poll(found->second.recorded))) return code;
+  }
   *milliseconds = first == second ? 0.0f : 1.0f;
-  return enter("cudaEventElapsedTime");
+  return kSuccess;
 }
 
 // -------------------------------------------------------------------------------------- copies
 
+// A copy is within one piece of memory that was registered, or outside of all.
+bool SimulatedRuntime::can_copy(const void* begin, std::size_t bytes) const {
+  const std::lock_guard lock(mutex_);
+  const auto first = reinterpret_cast<std::uintptr_t>(begin);
+  return std::ranges::none_of(registered_, [&](const auto& piece) {
+    const auto piece_first = reinterpret_cast<std::uintptr_t>(piece.first);
+    const auto piece_last = piece_first + piece.second;
+    const bool touches = first < piece_last && piece_first < first + bytes;
+    return touches && (first < piece_first || first + bytes > piece_last);
+  });
+}
+
 int SimulatedRuntime::copy(void* target, const void* source, std::size_t bytes, CudaStream stream) {
-  if (const int code = enter("cudaMemcpyAsync")) return code;
+  if (const int code = enter("cudaMemcpyAsync", stream)) return code;
   if (!known(stream)) return kInvalidHandle;
+  if (!can_copy(target, bytes) || !can_copy(source, bytes)) return kInvalidValue;
   const CopyRun run{static_cast<std::byte*>(target), static_cast<const std::byte*>(source), bytes};
   machine_.copy(lane_of(stream), {&run, 1});
   return kSuccess;
@@ -216,13 +266,14 @@ int SimulatedRuntime::copy(void* target, const void* source, std::size_t bytes, 
 
 int SimulatedRuntime::copy_batch(void** targets, const void** sources, std::size_t* bytes,
                                  std::size_t count, CudaStream stream) {
-  if (const int code = enter("cudaMemcpyBatchAsync")) return code;
+  if (const int code = enter("cudaMemcpyBatchAsync", stream)) return code;
   if (!has_batch_ || !known(stream) || stream == kLegacy || stream == kLegacyByName) {
     return kInvalidValue;
   }
   std::vector<CopyRun> runs;
   for (std::size_t i = 0; i < count; ++i) {
-    if (bytes[i] == 0) return kInvalidValue;
+    const bool taken = can_copy(targets[i], bytes[i]) && can_copy(sources[i], bytes[i]);
+    if (bytes[i] == 0 || !taken) return kInvalidValue;
     runs.push_back(
         {static_cast<std::byte*>(targets[i]), static_cast<const std::byte*>(sources[i]), bytes[i]});
   }

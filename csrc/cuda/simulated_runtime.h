@@ -30,6 +30,10 @@ class SimulatedRuntime final : public CudaRuntime {
   void fail(const std::string& function, int code, int k = 1);
   // Bytes of host memory that may be pinned.
   void limit_registered(std::size_t bytes) { most_registered_ = bytes; }
+  // From now on this stream is, or is not, being captured into a graph: to ask for events, to wait
+  // and to copy is an error then, although CUDA would make some of it a part of the graph. Kernels
+  // run as ever.
+  void capture(CudaStream stream, bool capturing);
 
   Stream lane_of(CudaStream stream) const { return lanes_.at(stream); }  // on the machine
   std::size_t num_streams() const { return streams_.size(); }
@@ -37,6 +41,8 @@ class SimulatedRuntime final : public CudaRuntime {
   std::size_t num_allocations() const { return allocations_.size(); }
   std::size_t num_registered_bytes() const;
   std::int64_t num_calls(const std::string& function) const;
+  // Of calls while this was the current device, but those that ask for it or choose it.
+  std::int64_t num_calls_on(int device) const;
 
   std::string error_text(int code) override;
   void clear_error() override {}
@@ -47,6 +53,7 @@ class SimulatedRuntime final : public CudaRuntime {
   int destroy_stream(CudaStream stream) override;
   int synchronize(CudaStream stream) override;
   int device_of(CudaStream stream, int* device) override;
+  int is_capturing(CudaStream stream, bool* capturing) override;
   int create_event(CudaEvent* event) override;
   int destroy_event(CudaEvent event) override;
   int record(CudaEvent event, CudaStream stream) override;
@@ -75,8 +82,10 @@ class SimulatedRuntime final : public CudaRuntime {
   };
 
   int enter(const char* function);  // 0, or the error that this call is to return
+  int enter(const char* function, CudaStream stream);  // which is not being captured
   int observe(Status status);
   bool known(CudaStream stream) const;
+  bool can_copy(const void* begin, std::size_t bytes) const;
   template <class Kernel>
   int run(const char* function, const Kernel& kernel, CudaStream stream);
 
@@ -92,6 +101,8 @@ class SimulatedRuntime final : public CudaRuntime {
   std::size_t most_registered_ = ~std::size_t{0};
   std::map<std::string, std::pair<int, int>> failures_;  // function -> calls to go, code
   std::map<std::string, std::int64_t> num_calls_;
+  std::map<int, std::int64_t> num_calls_on_;
+  std::set<CudaStream> captured_;
   std::uintptr_t next_handle_ = 0x1000;
   int sticky_ = 0;
 };

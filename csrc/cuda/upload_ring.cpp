@@ -21,6 +21,7 @@ UploadRing::UploadRing(CudaDevice& device, std::shared_ptr<CudaRuntime> runtime,
 
 UploadRing::~UploadRing() { free(); }
 
+// In place of what there was, which nobody uses any more.
 void UploadRing::allocate(std::size_t bytes) {
   auto host = std::make_unique<PinnedMemory>(
       runtime_, device_.index(), bytes,
@@ -28,6 +29,7 @@ void UploadRing::allocate(std::size_t bytes) {
   host->lock_all();
   void* memory = nullptr;
   device_.check(runtime_->allocate(&memory, bytes), "cudaMalloc");
+  free();
   host_ = std::move(host);
   memory_ = memory;
   bytes_ = bytes;
@@ -59,12 +61,12 @@ void UploadRing::retire(bool wait) {
 }
 
 UploadRing::Slice UploadRing::reserve(std::size_t bytes) {
+  device_.check_open();
+  device_.check_not_capturing();
   bytes = round_up(bytes);
   if (bytes > bytes_) {
     while (!in_use_.empty()) retire(true);
-    const std::size_t larger = std::max(bytes, 2 * bytes_);
-    free();
-    allocate(larger);
+    allocate(std::max(bytes, 2 * bytes_));
   }
   if (next_ + bytes > bytes_) next_ = 0;
   while (overlaps(next_, next_ + bytes)) retire(true);
@@ -79,7 +81,13 @@ void UploadRing::copy(const Slice& slice, CudaStream stream) {
 
 void UploadRing::release(const Slice& slice, CudaStream stream) {
   const auto begin = static_cast<std::size_t>(slice.host - host_->data());
-  const Event until = device_.record(Stream{reinterpret_cast<std::uintptr_t>(stream)});
+  Event until = Event::none;
+  try {
+    until = device_.record(Stream{reinterpret_cast<std::uintptr_t>(stream)});
+  } catch (const DeviceError&) {
+    device_.synchronize(stream);  // no event guards the slice, so nobody may still use it
+    throw;
+  }
   in_use_.push_back({begin, begin + slice.bytes, until});
   for (int i = 0; i < 2 && in_use_.size() > 1; ++i) {  // two for each: they do not pile up
     const std::size_t before = in_use_.size();

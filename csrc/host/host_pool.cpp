@@ -138,6 +138,7 @@ void HostPool::gather(std::size_t i, const TableView& table, std::int32_t first_
       const std::int64_t count = std::min<std::int64_t>(tokens - at, block_size_);
       split_heads(block, count, num_heads, head_bytes, row + at * head_bytes, head_stride);
     }
+    if (tokens == width) continue;  // also where there is no target, since nobody has a token
     for (std::int32_t h = 0; h < num_heads; ++h) {
       std::memset(row + h * head_stride + tokens * head_bytes, 0,
                   static_cast<std::size_t>((width - tokens) * head_bytes));
