@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # KV_CUDA: OFF builds without the _cuda module; ON without nvcc fails and names what to set; where
-# nvcc is, ON builds _cuda without a warning, and it imports and answers without a GPU.
+# nvcc is, ON builds _cuda without a warning, it imports and answers without a GPU, and its machine
+# code is what the kernels were written for.
 source "$(dirname "$0")/lib.sh"
 
 need cmake ninja pybind11
@@ -31,3 +32,8 @@ configure ON || { cat "$log"; exit 1; }
 grep '_cuda module' "$log"
 "$bin/cmake" --build "$WORK/cuda-ON" --target _cuda
 PYTHONPATH=$WORK/cuda-ON "$PYTHON" -c 'import _cuda; print(_cuda.runtime_version(), _cuda.status())'
+
+say "machine code"
+need nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm pytest ||
+  cannot "no nvidia-cuda-cuobjdump to be had from pip: the machine code was not looked at"
+PYTHONPATH=$WORK/cuda-ON "$PYTHON" -m pytest -q tests/python/test_cuda_binary.py

@@ -11,6 +11,14 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kInFlight = 4;  // words that a thread has loaded before it stores the first
 
+// All that a kernel touches is global memory (of the device, or page-locked and mapped). The
+// compiler cannot see it of pointers that were read from memory, and would ask at every access.
+template <class Byte>
+__device__ Byte* global(Byte* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
 // Moves words of type Word: all loads of a round before its stores, so that several are in flight.
 template <class Kernel, class Word>
 __global__ void __launch_bounds__(kThreads) move_words(const Kernel kernel) {
@@ -26,11 +34,11 @@ __global__ void __launch_bounds__(kThreads) move_words(const Kernel kernel) {
       if (i + j * stride >= count) continue;
       const Move move = kernel(i + j * stride);
       to[j] = reinterpret_cast<Word*>(move.to);
-      word[j] = move.from ? *reinterpret_cast<const Word*>(move.from) : Word{};
+      word[j] = move.from ? *reinterpret_cast<const Word*>(global(move.from)) : Word{};
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      if (to[j]) *to[j] = word[j];
+      if (to[j]) *global(to[j]) = word[j];
     }
   }
 }
