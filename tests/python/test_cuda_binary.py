@@ -23,7 +23,9 @@ KERNELS = ["CopyBlocks", "GatherKv", "ScatterKv", "TransferBlocks"]
 WORD_BYTES = {"h": 1, "t": 2, "j": 4, "5uint2": 8, "5uint4": 16}  # by mangled type
 IN_FLIGHT = 4  # kInFlight of launch.cu
 
-KERNEL_NAME = re.compile(r"move_wordsINS_\d+([A-Za-z]+)E(5uint4|5uint2|[jth])EE")
+MOVES = re.compile(r"move_wordsINS_\d+([A-Za-z]+)E(5uint4|5uint2|[jth])EE")
+CONVERTS = re.compile(r"convert_valuesI(?:NS_\d([A-Z]\w+?)E|f)Li(\d+)EE")
+CONVERSIONS = {(f"ScatterFp8 from {t}", n) for t in ("Bf16", "Fp16", "float") for n in (1, 16)}
 ACCESS = re.compile(r"\b(LD|ST|LDG|STG|LDL|STL)(\.[\w.]+)? ")  # LD and ST: which memory is unknown
 
 
@@ -54,10 +56,12 @@ def cuobjdump(*options: str) -> str:
 
 
 def kernel(function: str) -> tuple[str, int]:
-    """(name, bytes of its word)."""
-    match = KERNEL_NAME.search(function)
+    """(name, bytes of the word that it stores)."""
+    if match := MOVES.search(function):
+        return match[1], WORD_BYTES[match[2]]
+    match = CONVERTS.search(function)
     assert match, f"{function}: a kernel that this test does not know"
-    return match[1], WORD_BYTES[match[2]]
+    return f"ScatterFp8 from {match[1] or 'float'}", int(match[2])
 
 
 @functools.cache
@@ -81,7 +85,7 @@ def test_machine_code_for_each_architecture_and_ptx_for_those_between_and_after(
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_each_kernel_is_there_for_each_width_of_a_word(architecture: str) -> None:
     every = {(name, bytes_) for name in KERNELS for bytes_ in WORD_BYTES.values()}
-    assert accesses(architecture).keys() == every | {("UpdateTables", 4)}
+    assert accesses(architecture).keys() == every | {("UpdateTables", 4)} | CONVERSIONS
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -103,10 +107,21 @@ def test_16_bytes_move_at_once_and_several_before_the_first_store(
     assert moves.count("STG.E.128") >= IN_FLIGHT
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_conversions_load_16_bytes_at_once_and_store_them_so(architecture: str) -> None:
+    for name, values in CONVERSIONS:
+        if values == 16:
+            loads = 4 if name.endswith("float") else 2
+            found = [a for a in accesses(architecture)[name, 16] if a.endswith(".128")]
+            assert found == ["LDG.E.128"] * loads + ["STG.E.128"], name
+
+
 def test_nothing_is_spilled() -> None:
     usage = re.findall(
         r"Function (\S+):\s+REG:\d+ STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", cuobjdump("-res-usage")
     )
-    assert len(usage) == len(ARCHITECTURES) * (len(KERNELS) * len(WORD_BYTES) + 1)
+    assert len(usage) == len(ARCHITECTURES) * (
+        len(KERNELS) * len(WORD_BYTES) + 1 + len(CONVERSIONS)
+    )
     for function, *memory in usage:
         assert memory == ["0", "0", "0"], kernel(function)
