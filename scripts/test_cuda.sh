@@ -37,3 +37,12 @@ say "machine code"
 need nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm pytest ||
   cannot "no nvidia-cuda-cuobjdump to be had from pip: the machine code was not looked at"
 PYTHONPATH=$WORK/cuda-ON "$PYTHON" -m pytest -q tests/python/test_cuda_binary.py
+
+say "clang-tidy"
+need clang-tidy || cannot "no clang-tidy to be had from pip: the CUDA host code was not linted"
+include=$("${CUDACXX:-nvcc}" --dryrun -x cu /dev/null 2>&1 |
+  sed -n 's/.*INCLUDES="-I\([^"]*\)".*/\1/p')
+[ -d "$include" ] || die "nvcc does not say where its headers are: \"$include\""
+# As C++, which all of it is but launch.cu; what that launches, simulated_runtime.cpp runs as well.
+printf '%s\n' csrc/cuda/*.cpp csrc/cuda/{cuda_runtime,device_query}.cu |
+  xargs -P 2 -I {} "$bin/clang-tidy" --quiet {} -- -x c++ -std=c++20 -Icsrc -isystem "$include"
