@@ -112,25 +112,41 @@ void CudaDevice::synchronize_callers() {
 
 // -------------------------------------------------------------------------------------- copies
 
+PinnedMemory* CudaDevice::find_host(const std::byte* address) const {
+  const auto found =
+      std::ranges::find_if(host_, [&](const auto& memory) { return memory->contains(address); });
+  return found == host_.end() ? nullptr : found->get();
+}
+
 void CudaDevice::copy(Stream stream, std::span<const CopyRun> runs) {
   check_open();
   if (runs.empty()) return;
   const Guard guard(*this);
   Direction direction = Direction::in;
-  bool is_ours = false;  // between the device and memory of allocate_host()
-  for (const auto& memory : host_) {
-    for (const CopyRun& run : runs) {
-      const bool out = memory->contains(run.target);
-      if (!out && !memory->contains(run.source)) continue;
-      memory->lock(out ? run.target : run.source, run.bytes);
-      direction = out ? Direction::out : Direction::in;
-      is_ours = memory->num_pageable_bytes() == 0;
+  bool is_ours = true;  // all between the device and locked memory of allocate_host()
+  std::vector<CopyRun> pieces;
+  for (CopyRun run : runs) {
+    PinnedMemory* const target = find_host(run.target);
+    PinnedMemory* const source = find_host(run.source);
+    if (target != nullptr) target->lock(run.target, run.bytes);
+    if (source != nullptr) source->lock(run.source, run.bytes);
+    const PinnedMemory* const host = target != nullptr ? target : source;
+    is_ours =
+        is_ours && (target == nullptr) != (source == nullptr) && host->num_pageable_bytes() == 0;
+    direction = target != nullptr ? Direction::out : Direction::in;
+    while (run.bytes > 0) {
+      std::size_t bytes = run.bytes;
+      if (target != nullptr) bytes = std::min(bytes, target->reach(run.target));
+      if (source != nullptr) bytes = std::min(bytes, source->reach(run.source));
+      pieces.push_back({run.target, run.source, bytes});
+      run = {run.target + bytes, run.source + bytes, run.bytes - bytes};
     }
   }
-  CopyMethod method = is_ours ? methods_.choose(direction, runs) : CopyMethod::loop;
+  if (pieces.empty()) return;
+  CopyMethod method = is_ours ? methods_.choose(direction, pieces) : CopyMethod::loop;
   if (method == CopyMethod::batch && is_legacy(cuda(stream))) method = CopyMethod::loop;
   try {
-    copy_by(method, cuda(stream), runs);
+    copy_by(method, cuda(stream), pieces);
   } catch (const DeviceError&) {
     // Some of the runs may be under way. Who is told that nothing was enqueued takes their memory
     // for other things, so they have to end first. A lost device runs nothing any more.

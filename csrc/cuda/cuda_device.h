@@ -94,6 +94,7 @@ class CudaDevice final : public Device {
   };
 
   EventState& find(Event event);
+  PinnedMemory* find_host(const std::byte* address) const;  // null: not of allocate_host()
   void copy_by(CopyMethod method, CudaStream stream, std::span<const CopyRun> runs);
   void copy_by_kernel(CudaStream stream, std::span<const CopyRun> runs);
   Status settle(EventState& state, int code, const char* call);

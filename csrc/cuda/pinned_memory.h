@@ -38,6 +38,13 @@ class PinnedMemory {
     return address >= memory_ && address < memory_ + bytes_;
   }
 
+  // Bytes from here to the end of a chunk. CUDA refuses a copy that reaches further, into memory
+  // that was locked by another call or not at all.
+  std::size_t reach(const std::byte* address) const {
+    return options_.chunk_bytes -
+           static_cast<std::size_t>(address - memory_) % options_.chunk_bytes;
+  }
+
   // Locks the chunks of this range that are not locked yet. Waits for nothing on the device.
   void lock(const std::byte* begin, std::size_t bytes);
   void lock_all() { lock(memory_, bytes_); }

@@ -1,5 +1,6 @@
 #include "cuda/simulated_runtime.h"
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 
@@ -207,9 +208,21 @@ int SimulatedRuntime::elapsed(CudaEvent first, CudaEvent second, float* millisec
 
 // -------------------------------------------------------------------------------------- copies
 
+// CUDA copies from or to host memory that was registered by one call, or that was not at all.
+bool SimulatedRuntime::is_within_one(const void* memory, std::size_t bytes) const {
+  const std::lock_guard lock(mutex_);
+  const auto* const begin = static_cast<const std::byte*>(memory);
+  return std::ranges::all_of(registered_, [&](const auto& range) {
+    const auto* const first = static_cast<const std::byte*>(range.first);
+    const std::byte* const last = first + range.second;
+    return (first <= begin && begin + bytes <= last) || begin + bytes <= first || last <= begin;
+  });
+}
+
 int SimulatedRuntime::copy(void* target, const void* source, std::size_t bytes, CudaStream stream) {
   if (const int code = enter("cudaMemcpyAsync")) return code;
   if (!known(stream)) return kInvalidHandle;
+  if (!is_within_one(target, bytes) || !is_within_one(source, bytes)) return kInvalidValue;
   const CopyRun run{static_cast<std::byte*>(target), static_cast<const std::byte*>(source), bytes};
   machine_.copy(lane_of(stream), {&run, 1});
   return kSuccess;
@@ -224,6 +237,9 @@ int SimulatedRuntime::copy_batch(void** targets, const void** sources, std::size
   std::vector<CopyRun> runs;
   for (std::size_t i = 0; i < count; ++i) {
     if (bytes[i] == 0) return kInvalidValue;
+    if (!is_within_one(targets[i], bytes[i]) || !is_within_one(sources[i], bytes[i])) {
+      return kInvalidValue;
+    }
     runs.push_back(
         {static_cast<std::byte*>(targets[i]), static_cast<const std::byte*>(sources[i]), bytes[i]});
   }

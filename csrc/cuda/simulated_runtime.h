@@ -78,6 +78,7 @@ class SimulatedRuntime final : public CudaRuntime {
   int enter(const char* function);  // 0, or the error that this call is to return
   int observe(Status status);
   bool known(CudaStream stream) const;
+  bool is_within_one(const void* memory, std::size_t bytes) const;
   template <class Kernel>
   int run(const char* function, const Kernel& kernel, CudaStream stream);
   template <class Work>
