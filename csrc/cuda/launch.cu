@@ -61,8 +61,12 @@ int launch_grid(void (*function)(Kernel), const Kernel& kernel, std::int64_t cou
   }
   const std::int64_t most = std::int64_t{num_processors} * std::max(per_processor, 1);
   const std::int64_t needed = (count + kThreads - 1) / kThreads;
-  function<<<static_cast<unsigned>(std::min(most, needed)), kThreads, 0, stream>>>(kernel);
-  return cudaPeekAtLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(std::min(most, needed)));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  // Returns this launch's own error, where cudaPeekAtLastError() may find somebody else's.
+  return cudaLaunchKernelEx(&config, function, kernel);
 }
 
 template <class Word, class Kernel>
