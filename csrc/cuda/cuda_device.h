@@ -104,7 +104,7 @@ class CudaDevice final : public Device {
   const std::int64_t process_;
   CudaStream stream_ = nullptr;
   std::vector<CudaStream> callers_{nullptr};  // that the caller was on since all were waited for
-  std::vector<CudaStream> streams_;  // our own
+  std::vector<CudaStream> streams_;           // our own
   std::vector<EventState> events_;
   std::vector<std::size_t> free_events_;
   std::vector<std::unique_ptr<PinnedMemory>> host_;
