@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # KV_CUDA: OFF builds without the _cuda module; ON without nvcc fails and names what to set; where
-# nvcc is, ON builds _cuda without a warning, and it imports and answers without a GPU.
+# nvcc is, ON builds _cuda without a warning, it imports and answers without a GPU, and its machine
+# code is what the kernels were written for.
 source "$(dirname "$0")/lib.sh"
 
 need cmake ninja pybind11
@@ -31,3 +32,17 @@ configure ON || { cat "$log"; exit 1; }
 grep '_cuda module' "$log"
 "$bin/cmake" --build "$WORK/cuda-ON" --target _cuda
 PYTHONPATH=$WORK/cuda-ON "$PYTHON" -c 'import _cuda; print(_cuda.runtime_version(), _cuda.status())'
+
+say "machine code"
+need nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm pytest ||
+  cannot "no nvidia-cuda-cuobjdump to be had from pip: the machine code was not looked at"
+PYTHONPATH=$WORK/cuda-ON "$PYTHON" -m pytest -q tests/python/test_cuda_binary.py
+
+say "clang-tidy"
+need clang-tidy || cannot "no clang-tidy to be had from pip: the CUDA host code was not linted"
+include=$("${CUDACXX:-nvcc}" --dryrun -x cu /dev/null 2>&1 |
+  sed -n 's/.*INCLUDES="-I\([^"]*\)".*/\1/p')
+[ -d "$include" ] || die "nvcc does not say where its headers are: \"$include\""
+# As C++, which all of it is but launch.cu; what that launches, simulated_runtime.cpp runs as well.
+printf '%s\n' csrc/cuda/*.cpp csrc/cuda/{cuda_runtime,device_query}.cu |
+  xargs -P 2 -I {} "$bin/clang-tidy" --quiet {} -- -x c++ -std=c++20 -Icsrc -isystem "$include"

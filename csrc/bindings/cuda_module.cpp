@@ -14,7 +14,7 @@ py::list devices() {
     return pagedkv::cuda_devices();
   }();
   py::list list;
-  for (const pagedkv::CudaDevice& device : found) {
+  for (const pagedkv::CudaDeviceInfo& device : found) {
     py::dict entry;
     entry["index"] = device.index;
     entry["name"] = device.name;

@@ -28,6 +28,8 @@ CudaPool::CudaPool(std::shared_ptr<CudaDevice> device, std::vector<Region> regio
         [&](std::byte* host) { std::memcpy(host, checks_.regions().data(), bytes); });
     device_->synchronize(device_->stream());  // as the next call may be on another stream
   } catch (...) {
+    // The upload may be under way.
+    if (device_->runtime().synchronize(device_->stream()) != 0) device_->runtime().clear_error();
     if (device_->runtime().free(regions_) != 0) device_->runtime().clear_error();
     throw;
   }

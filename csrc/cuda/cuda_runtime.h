@@ -42,6 +42,7 @@ class RealRuntime final : public CudaRuntime {
 
   int launch(const CopyBlocks& kernel, CudaStream stream) override;
   int launch(const ScatterKv& kernel, CudaStream stream) override;
+  int launch(const ScatterFp8& kernel, CudaStream stream) override;
   int launch(const GatherKv& kernel, CudaStream stream) override;
   int launch(const TransferBlocks& kernel, CudaStream stream) override;
   int launch(const UpdateTables& kernel, CudaStream stream) override;

@@ -30,10 +30,10 @@ std::string cuda_status() {
   return ok(result) ? "ok" : cudaGetErrorString(result);
 }
 
-std::vector<CudaDevice> cuda_devices() {
+std::vector<CudaDeviceInfo> cuda_devices() {
   int count = 0;
   if (!ok(cudaGetDeviceCount(&count))) return {};
-  std::vector<CudaDevice> devices;
+  std::vector<CudaDeviceInfo> devices;
   for (int i = 0; i < count; ++i) {
     cudaDeviceProp properties;
     if (!ok(cudaGetDeviceProperties(&properties, i))) return {};

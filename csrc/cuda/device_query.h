@@ -7,7 +7,7 @@
 
 namespace pagedkv {
 
-struct CudaDevice {
+struct CudaDeviceInfo {
   int index;
   std::string name;
   int major;  // of the compute capability
@@ -23,6 +23,6 @@ int cuda_driver_version();  // the newest CUDA that the driver serves; 0 without
 std::string cuda_status();
 
 // Empty unless cuda_status() is "ok".
-std::vector<CudaDevice> cuda_devices();
+std::vector<CudaDeviceInfo> cuda_devices();
 
 }  // namespace pagedkv

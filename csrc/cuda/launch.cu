@@ -3,6 +3,7 @@
 
 #include "cuda/cuda_runtime.h"
 #include "cuda/kernels.h"
+#include "cuda/scatter_fp8.h"
 
 namespace pagedkv {
 
@@ -26,17 +27,27 @@ __global__ void __launch_bounds__(kThreads) move_words(const Kernel kernel) {
       if (i + j * stride >= count) continue;
       const Move move = kernel(i + j * stride);
       to[j] = reinterpret_cast<Word*>(move.to);
-      word[j] = move.from ? *reinterpret_cast<const Word*>(move.from) : Word{};
+      word[j] = move.from ? *reinterpret_cast<const Word*>(global(move.from)) : Word{};
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      if (to[j]) *to[j] = word[j];
+      if (to[j]) *global(to[j]) = word[j];
     }
   }
 }
 
-template <class Word, class Kernel>
-int launch_with(const Kernel& kernel, CudaStream stream) {
+template <class Value, int kCount>
+__global__ void __launch_bounds__(kThreads) convert_values(const ScatterFp8 kernel) {
+  const std::int64_t stride = std::int64_t{gridDim.x} * kThreads;
+  for (std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; i < kernel.count;
+       i += stride) {
+    kernel.convert<Value, kCount>(i);
+  }
+}
+
+template <class Kernel>
+int launch_grid(void (*function)(Kernel), const Kernel& kernel, std::int64_t count,
+                CudaStream stream) {
   // As many thread blocks as run side by side, or fewer: the loop does the rest.
   int device = 0, num_processors = 0, per_processor = 0;
   if (const int code = cudaGetDevice(&device)) return code;
@@ -44,15 +55,23 @@ int launch_with(const Kernel& kernel, CudaStream stream) {
           cudaDeviceGetAttribute(&num_processors, cudaDevAttrMultiProcessorCount, device)) {
     return code;
   }
-  if (const int code = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-          &per_processor, move_words<Kernel, Word>, kThreads, 0)) {
+  if (const int code =
+          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, function, kThreads, 0)) {
     return code;
   }
   const std::int64_t most = std::int64_t{num_processors} * std::max(per_processor, 1);
-  const std::int64_t needed = (kernel.words.count + kThreads - 1) / kThreads;
-  move_words<Kernel, Word>
-      <<<static_cast<unsigned>(std::min(most, needed)), kThreads, 0, stream>>>(kernel);
-  return cudaPeekAtLastError();
+  const std::int64_t needed = (count + kThreads - 1) / kThreads;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(std::min(most, needed)));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  // Returns this launch's own error, where cudaPeekAtLastError() may find somebody else's.
+  return cudaLaunchKernelEx(&config, function, kernel);
+}
+
+template <class Word, class Kernel>
+int launch_with(const Kernel& kernel, CudaStream stream) {
+  return launch_grid(move_words<Kernel, Word>, kernel, kernel.words.count, stream);
 }
 
 template <class Kernel>
@@ -71,6 +90,12 @@ int launch_words(const Kernel& kernel, CudaStream stream) {
 
 int RealRuntime::launch(const CopyBlocks& k, CudaStream stream) { return launch_words(k, stream); }
 int RealRuntime::launch(const ScatterKv& k, CudaStream stream) { return launch_words(k, stream); }
+int RealRuntime::launch(const ScatterFp8& k, CudaStream stream) {
+  if (k.count == 0) return cudaSuccess;
+  return k.dispatch([&]<class Value, int kCount>() {
+    return launch_grid(convert_values<Value, kCount>, k, k.count, stream);
+  });
+}
 int RealRuntime::launch(const GatherKv& k, CudaStream stream) { return launch_words(k, stream); }
 int RealRuntime::launch(const TransferBlocks& k, CudaStream stream) {
   return launch_words(k, stream);

@@ -60,6 +60,16 @@ KV_HD std::byte* token_address(const Region& region, std::int64_t block, std::in
   return block_address(region, block) + offset * region.token_bytes;
 }
 
+// All that a kernel touches is global memory (of the device, or page-locked and mapped). The
+// compiler cannot see it of pointers that were read from memory, and would ask at every access.
+template <class Pointee>
+KV_HD Pointee* global(Pointee* pointer) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
 // Collects what all addresses and strides of a kernel are multiples of.
 class Alignment {
  public:

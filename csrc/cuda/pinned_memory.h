@@ -37,7 +37,8 @@ class PinnedMemory {
   bool contains(const std::byte* address) const {
     return address >= memory_ && address < memory_ + bytes_;
   }
-  // Bytes from here to the end of the chunk: no single copy may reach further.
+  // Bytes from here to the end of the chunk: CUDA refuses a copy that reaches further, into memory
+  // that another call has locked, or none.
   std::size_t left_in_chunk(const std::byte* address) const {
     return options_.chunk_bytes -
            static_cast<std::size_t>(address - memory_) % options_.chunk_bytes;

@@ -19,6 +19,7 @@ using CudaEvent = struct CUevent_st*;
 
 struct CopyBlocks;  // kernels.h has these
 struct ScatterKv;
+struct ScatterFp8;  // scatter_fp8.h
 struct GatherKv;
 struct TransferBlocks;
 struct UpdateTables;
@@ -63,6 +64,7 @@ class CudaRuntime {
 
   virtual int launch(const CopyBlocks& kernel, CudaStream stream) = 0;
   virtual int launch(const ScatterKv& kernel, CudaStream stream) = 0;
+  virtual int launch(const ScatterFp8& kernel, CudaStream stream) = 0;
   virtual int launch(const GatherKv& kernel, CudaStream stream) = 0;
   virtual int launch(const TransferBlocks& kernel, CudaStream stream) = 0;
   virtual int launch(const UpdateTables& kernel, CudaStream stream) = 0;

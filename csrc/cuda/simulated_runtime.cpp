@@ -8,6 +8,7 @@
 
 #include "cuda/cuda_error.h"
 #include "cuda/kernels.h"
+#include "cuda/scatter_fp8.h"
 
 namespace pagedkv {
 
@@ -315,11 +316,17 @@ int SimulatedRuntime::unregister_host(void* memory) {
 
 // -------------------------------------------------------------------------------------- kernels
 
-template <class Kernel>
-int SimulatedRuntime::run(const char* function, const Kernel& kernel, CudaStream stream) {
+template <class Work>
+int SimulatedRuntime::queue(const char* function, CudaStream stream, Work work) {
   if (const int code = enter(function)) return code;
   if (!known(stream)) return kInvalidHandle;
-  machine_.run(lane_of(stream), {}, [kernel] {
+  machine_.run(lane_of(stream), {}, work);
+  return kSuccess;
+}
+
+template <class Kernel>
+int SimulatedRuntime::run(const char* function, const Kernel& kernel, CudaStream stream) {
+  return queue(function, stream, [kernel] {
     const auto bytes = static_cast<std::size_t>(kernel.words.bytes);
     for (std::int64_t i = 0; i < kernel.words.count; ++i) {
       const Move move = kernel(i);
@@ -331,7 +338,6 @@ int SimulatedRuntime::run(const char* function, const Kernel& kernel, CudaStream
       }
     }
   });
-  return kSuccess;
 }
 
 int SimulatedRuntime::launch(const CopyBlocks& kernel, CudaStream stream) {
@@ -339,6 +345,13 @@ int SimulatedRuntime::launch(const CopyBlocks& kernel, CudaStream stream) {
 }
 int SimulatedRuntime::launch(const ScatterKv& kernel, CudaStream stream) {
   return run("scatter_kv", kernel, stream);
+}
+int SimulatedRuntime::launch(const ScatterFp8& kernel, CudaStream stream) {
+  return queue("scatter_fp8", stream, [kernel] {
+    kernel.dispatch([&]<class Value, int kCount>() {
+      for (std::int64_t i = 0; i < kernel.count; ++i) kernel.convert<Value, kCount>(i);
+    });
+  });
 }
 int SimulatedRuntime::launch(const GatherKv& kernel, CudaStream stream) {
   return run("gather_kv", kernel, stream);

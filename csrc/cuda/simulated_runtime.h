@@ -71,6 +71,7 @@ class SimulatedRuntime final : public CudaRuntime {
   int unregister_host(void* memory) override;
   int launch(const CopyBlocks& kernel, CudaStream stream) override;
   int launch(const ScatterKv& kernel, CudaStream stream) override;
+  int launch(const ScatterFp8& kernel, CudaStream stream) override;
   int launch(const GatherKv& kernel, CudaStream stream) override;
   int launch(const TransferBlocks& kernel, CudaStream stream) override;
   int launch(const UpdateTables& kernel, CudaStream stream) override;
@@ -88,6 +89,8 @@ class SimulatedRuntime final : public CudaRuntime {
   bool can_copy(const void* begin, std::size_t bytes) const;
   template <class Kernel>
   int run(const char* function, const Kernel& kernel, CudaStream stream);
+  template <class Work>
+  int queue(const char* function, CudaStream stream, Work work);
 
   mutable std::mutex mutex_;  // of what helper threads reach: failures, counts, registrations
   SimulatedDevice machine_;

@@ -50,11 +50,10 @@ bool UploadRing::overlaps(std::size_t begin, std::size_t end) const {
 
 void UploadRing::retire(bool wait) {
   const Event until = in_use_.front().until;
-  Status status = device_.poll(until);
-  if (status == Status::pending) {
+  if (device_.poll(until) == Status::pending) {
     if (!wait) return;
     ++num_waits_;
-    status = device_.wait(until);
+    device_.wait(until);
   }
   device_.recycle(until);
   in_use_.pop_front();

@@ -126,6 +126,7 @@ void HostPool::gather(std::size_t i, const TableView& table, std::int32_t first_
                       std::span<const std::int32_t> num_tokens, std::int32_t num_heads,
                       std::int32_t width, std::byte* target) {
   check_gather(i, table, first_block, num_tokens, num_heads, width);
+  if (width == 0) return;  // the target is empty, and may be nowhere
   const Region& r = region(i);
   const std::int64_t head_bytes = r.token_bytes / num_heads;
   const std::int64_t head_stride = width * head_bytes;

@@ -253,6 +253,58 @@ TEST_CASE("host memory is locked where it is used, ahead of that, or not at all"
   CHECK(runtime->num_registered_bytes() == 0);
 }
 
+TEST_CASE("no copy reaches from one locked chunk into the next, whatever the method") {
+  for (const CopyMethod method : kCopyMethods) {
+    for (const bool out : {true, false}) {
+      World w;  // chunks of 8192 bytes
+      w.device->methods().always(method);
+      constexpr std::size_t kBytes = 3 * 8192;
+      std::byte* const host = w.device->allocate_host(kBytes);
+      std::vector<std::byte> memory(kBytes);
+      std::byte* const source = out ? memory.data() : host;
+      std::byte* const target = out ? host : memory.data();
+      for (std::size_t i = 0; i < kBytes; ++i) source[i] = static_cast<std::byte>(i * 7 / 5);
+      const std::vector<CopyRun> runs{{target, source, kBytes - 4096},
+                                      {target + kBytes - 4096, source + kBytes - 4096, 4096}};
+      const Stream stream = w.device->make_stream();
+      w.device->copy(stream, runs);
+      const Event end = w.device->record(stream);
+      CHECK(w.device->wait(end) == Status::done);
+      CHECK(std::memcmp(target, source, kBytes) == 0);
+      w.device->recycle(end);
+      w.device->free_host(host, kBytes);
+      w.check_nothing_left();
+    }
+  }
+}
+
+TEST_CASE("a kernel copies only where all memory is locked") {
+  for (const bool locked_last : {true, false}) {
+    World w;
+    w.device->methods().always(CopyMethod::kernel);
+    std::byte* const one = w.device->allocate_host(4096);
+    std::byte* const other = w.device->allocate_host(4096);
+    std::byte* const locked = locked_last ? other : one;
+    std::byte* const pageable = locked_last ? one : other;
+    std::vector<std::byte> memory(2 * 4096, std::byte{7});
+    const Stream stream = w.device->make_stream();
+    const CopyRun first{locked, memory.data(), 4096};
+    const CopyRun second{pageable, memory.data() + 4096, 4096};
+    w.device->copy(stream, {&first, 1});
+    CHECK(w.runtime->num_calls("transfer_blocks") == 1);
+    w.runtime->limit_registered(w.runtime->num_registered_bytes());
+    w.device->copy(stream, std::vector{first, second});
+    CHECK(w.runtime->num_calls("transfer_blocks") == 1);
+    CHECK(w.runtime->num_calls("cudaMemcpyAsync") >= 2);
+    const Event end = w.device->record(stream);
+    CHECK(w.device->wait(end) == Status::done);
+    w.device->recycle(end);
+    w.device->free_host(locked, 4096);
+    w.device->free_host(pageable, 4096);
+    w.check_nothing_left();
+  }
+}
+
 TEST_CASE("the method of copying is the fastest that was measured, unless the caller says which") {
   CopyMethods methods(true);
   const std::vector<CopyRun> small(8, {nullptr, nullptr, 5000}),
