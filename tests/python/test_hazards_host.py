@@ -41,6 +41,8 @@ def test_hazard_29_pageable_memory_makes_copies_block_the_host() -> None:
         w.kv.clear()
         assert device.num_pending > 0
         assert device.num_host_waits == 0
+        w.kv.under_way()[0].wait()
+        assert device.num_host_waits > 0  # so that what blocks would have been counted
         w.forget(i for i in w.texts if w.kv.is_dropped(i))
         w.settle()
         assert w.all_problems() == []
