@@ -135,13 +135,15 @@ class KVCache(Sequences):
         except BaseException:
             self.manager.rollback(plan)
             raise
-        self._step = Step(self, plan, self._step_closed)
-        self._last_step = weakref.ref(self._step)
+        self._step = step = Step(self, plan, self._step_closed)
+        self._last_step = weakref.ref(step)
         if self._transfers is not None:
             self._transfers.paused = True
-        return self._step
+        return step
 
-    def _step_closed(self) -> None:
+    def _step_closed(self, step: Step) -> None:
+        if self._step is not step:  # another thread has opened the next one already
+            return
         self._step = None
         if self._transfers is not None:
             self._transfers.paused = False

@@ -133,27 +133,21 @@ class Sequences:
 
         Raises OutOfBlocks if the host tier is full, NotResident for a dropped sequence.
         """
-        transfers = self._tiers()
-        transfers.look()
-        return transfers.submit(self.manager.swap_out(ids))
+        return self._tiers().start(lambda: self.manager.swap_out(ids))
 
     def swap_in(self, ids: Any) -> Transfer:
         """Move whole sequences back. They can be in a step when the transfer has ended.
 
         Raises OutOfBlocks if the device tier is full.
         """
-        transfers = self._tiers()
-        transfers.look()
-        return transfers.submit(self.manager.swap_in(ids))
+        return self._tiers().start(lambda: self.manager.swap_in(ids))
 
     def fetch(self, id: int) -> Transfer:
         """Bring what the host tier has of a new sequence's prompt, beyond what create() found.
 
         num_cached() counts it at once; the sequence can be in a step when the transfer has ended.
         """
-        transfers = self._tiers()
-        transfers.look()
-        return transfers.submit(self.manager.fetch(id))
+        return self._tiers().start(lambda: self.manager.fetch(id))
 
     def poll(self) -> list[Transfer]:
         """The transfers that have ended since somebody looked, as most commands do. Never blocks.

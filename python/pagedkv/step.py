@@ -25,7 +25,7 @@ class Step:
     B the batch. `plan` is the StepPlan behind it; the tensors are on the cache's device.
     """
 
-    def __init__(self, kv: KVCache, plan: StepPlan, close: Callable[[], None]) -> None:
+    def __init__(self, kv: KVCache, plan: StepPlan, close: Callable[[Step], None]) -> None:
         self.plan = plan
         self._kv = kv
         self._close = close
@@ -103,7 +103,7 @@ class Step:
 
     def _closed(self) -> None:
         self._open = False
-        self._close()
+        self._close(self)
 
     def __enter__(self) -> Step:
         return self

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Literal
 
 from pagedkv._core import BlockManager, Device, StepPlan, TransferEngine, TransferPlan
-from pagedkv.errors import InvalidState, KVError, TransferError
+from pagedkv.errors import ConcurrentUse, InvalidState, KVError, TransferError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pagedkv.machine import Machine
 
@@ -81,8 +83,30 @@ class Transfer:
         return f"<Transfer {self.id} {self.direction} num_bytes={self.num_bytes} {state}>"
 
 
+class _Alone:
+    """Who is inside is alone: a second thread, or a call out of an argument, never waits."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise ConcurrentUse(
+                "another call is inside this cache's transfers: use a cache from one thread at a "
+                "time"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class Transfers:
-    """The transfers of one cache, and the engine that carries them out."""
+    """The transfers of one cache, and the engine that carries them out.
+
+    What is planned is submitted, and what the engine tells reaches the manager, before anybody else
+    may come in: else an end would be told twice, and a plan that nobody carries out would cost its
+    sequences their blocks.
+    """
 
     def __init__(
         self,
@@ -100,11 +124,20 @@ class Transfers:
         self._under_way: dict[int, Transfer] = {}
         self._failed: list[Transfer] = []  # that poll() has to tell of
         self._told: deque[tuple[int, str | None]] = deque()  # by the engine, not to the manager yet
+        self._alone = _Alone()
+        self._closed = False
         self.paused = False  # while a step is open, the manager takes no ends
         self._copied: dict[str, tuple[int, float]] = {}  # direction -> bytes and seconds, in all
 
-    def submit(self, plan: TransferPlan) -> Transfer:
-        """Start what the manager has planned."""
+    def start(self, make_plan: Callable[[], TransferPlan]) -> Transfer:
+        """Start what the manager plans, once it knows what has ended."""
+        with self._alone:
+            if self._closed:
+                raise InvalidState("this cache is closed")
+            self._look()
+            return self._submit(make_plan())
+
+    def _submit(self, plan: TransferPlan) -> Transfer:
         transfer = Transfer(self, plan, plan.num_copies * self._block_bytes)
         self._under_way[plan.id] = transfer
         try:
@@ -124,6 +157,12 @@ class Transfers:
 
     def look(self) -> list[Transfer]:
         """Tell the manager of all that has ended, and return it. Nobody is waited for."""
+        if not self._under_way:
+            return []
+        with self._alone:
+            return self._look()
+
+    def _look(self) -> list[Transfer]:
         if not self._under_way:
             return []
         for number, why, seconds in self.engine.poll():
@@ -162,19 +201,23 @@ class Transfers:
         """Block until a transfer has ended."""
         if self.paused:
             raise InvalidState("a step is open: close it before waiting for a transfer")
-        self.engine.wait(transfer.id)
-        while not transfer._done:  # one look, but for events that the device was short of
-            self.look()
+        with self._alone:
+            if transfer._done:
+                return
+            self.engine.wait(transfer.id)
+            while not transfer._done:  # one look, but for events that the device was short of
+                self._look()
 
     def cancel(self, transfer: Transfer) -> bool:
         """Give a transfer up, if none of its copies has begun."""
-        if transfer._done or not self.engine.cancel(transfer.id):
-            return False
-        transfer._cancelled = True
-        if transfer in self._failed:  # as one that it needs was cancelled before
-            self._failed.remove(transfer)
-        self.look()
-        return True
+        with self._alone:
+            if transfer._done or not self.engine.cancel(transfer.id):
+                return False
+            transfer._cancelled = True
+            if transfer in self._failed:  # as one that it needs was cancelled before
+                self._failed.remove(transfer)
+            self._look()
+            return True
 
     def _end(self, transfer: Transfer, why: str | None) -> None:
         if why is None:
@@ -231,7 +274,7 @@ class Transfers:
 
     def raise_error_of(self, transfer: Transfer) -> None:
         """Raise a transfer's error, unless it was raised before."""
-        if transfer in self._failed:
+        with contextlib.suppress(ValueError):  # somebody else may be told of it meanwhile
             self._failed.remove(transfer)
         if transfer._error is not None and not transfer._raised:
             transfer._raised = True
@@ -239,10 +282,13 @@ class Transfers:
 
     def close(self) -> None:
         """Cancel what has not begun, and wait for the rest."""
-        self.engine.close()
+        with self._alone:
+            self.engine.close()
+            self._closed = True
 
     def forget(self) -> None:
         """Let go of all that is large: who holds a transfer holds no more than that."""
+        self._closed = True
         for transfer in self._under_way.values():
             if transfer._error is None:
                 transfer._error = TransferError("the cache was closed before its end")

@@ -212,6 +212,42 @@ TEST_CASE("handles that were recycled or never made are unknown") {
   CHECK_THROWS_AS(device.record(Stream{1}), BrokenInvariant);
 }
 
+TEST_CASE("events are recycled while other streams' workers wait for them") {
+  const Watchdog watchdog(60);
+  constexpr std::size_t kHops = 4, kLanes = 8, kBytes = 300;
+  struct Lane {
+    std::vector<std::vector<std::byte>> stages;
+    Event end = Event::none;
+  };
+  std::vector<Lane> lanes(
+      kLanes, {std::vector<std::vector<std::byte>>(kHops + 1, std::vector<std::byte>(kBytes))});
+  HostDevice device({.num_workers = 4, .chunk_bytes = 100});
+  std::vector<Stream> streams;
+  for (std::size_t s = 0; s < kHops; ++s) streams.push_back(device.make_stream());
+  int num_wrong = 0;
+  for (std::size_t round = 0; round < 2000; ++round) {
+    auto& [stages, end] = lanes[round % kLanes];
+    if (end != Event::none) {
+      device.wait(end);
+      device.recycle(end);
+      num_wrong += stages.back() != stages.front();
+    }
+    std::ranges::fill(stages.front(), static_cast<std::byte>(round));
+    for (std::size_t hop = 0; hop < kHops; ++hop) {  // each on another stream than the one before
+      const Stream stream = streams[(round + hop) % kHops];
+      if (hop > 0) {
+        device.fence(stream, end, kSite);
+        device.recycle(end);  // the fence alone keeps it now
+      }
+      copy(device, stream, stages[hop + 1], stages[hop]);
+      end = device.record(stream);
+    }
+  }
+  device.close();
+  for (const Lane& lane : lanes) num_wrong += lane.stages.back() != lane.stages.front();
+  CHECK(num_wrong == 0);
+}
+
 TEST_CASE("a forked child has no workers: calls throw, and it ends") {
   const Watchdog watchdog(60);
   Gate gate;
