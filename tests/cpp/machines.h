@@ -98,6 +98,49 @@ using CudaKernel = Cuda<3, CopyMethod::kernel>;
 using Eager = Simulated<Schedule::eager, 1>;
 using Lazy = Simulated<Schedule::lazy, 1>;
 using Random = Simulated<Schedule::random, 200>;
+
+#ifdef KV_GPU
+// A GPU. The chunks are small, so that copies end within host memory as well as at its ends.
+template <std::uintptr_t kStream, CopyMethod kMethod>
+struct Gpu {
+  static constexpr std::uint64_t kSeeds = 8;
+  explicit Gpu(std::uint64_t seed)
+      : runtime(real_runtime()),
+        machine(runtime, {.pinned = {.chunk_bytes = 4096, .ahead = seed % 2 == 1}}) {
+    if (kMethod != CopyMethod::batch || runtime->has_copy_batch())
+      machine.methods().always(kMethod);
+    auto stream = reinterpret_cast<CudaStream>(kStream);
+    if (kStream > 2) {
+      REQUIRE(runtime->create_stream(&own) == 0);
+      stream = own;
+    }
+    machine.use_stream(stream);
+  }
+  ~Gpu() {
+    machine.close();
+    for (void* memory : owned) CHECK(runtime->free(memory) == 0);
+    if (own != nullptr) CHECK(runtime->destroy_stream(own) == 0);
+  }
+  Device& device() { return machine; }
+  std::byte* device_memory(std::size_t bytes) {
+    void* memory = nullptr;
+    REQUIRE(runtime->allocate(&memory, bytes) == 0);
+    owned.push_back(memory);
+    return static_cast<std::byte*>(memory);
+  }
+  std::shared_ptr<CudaRuntime> runtime;
+  CudaStream own = nullptr;
+  std::vector<void*> owned;
+  CudaDevice machine;
+};
+
+using GpuLegacy = Gpu<0, CopyMethod::loop>;
+using GpuPerThread = Gpu<2, CopyMethod::batch>;
+using GpuBatch = Gpu<3, CopyMethod::batch>;
+using GpuKernel = Gpu<3, CopyMethod::kernel>;
+#define KV_MACHINES GpuLegacy, GpuPerThread, GpuBatch, GpuKernel
+#else
 #define KV_MACHINES Eager, Lazy, Random, Host, CudaLegacy, CudaPerThread, CudaLoop, CudaKernel
+#endif
 
 }  // namespace pagedkv

@@ -143,7 +143,7 @@ class World:
 
     def write(self, step: Any, digests: list[bytes]) -> None:
         values = np.frombuffer(b"".join(digests), np.float32).reshape(-1, NUM_LAYERS, 2, 1, 4)
-        kv = torch.from_numpy(values.copy())
+        kv = torch.from_numpy(values.copy()).to(self.kv.device)
         for layer in range(NUM_LAYERS):
             self.kv.write(layer, kv[:, layer, 0], kv[:, layer, 1], step)
 
@@ -230,7 +230,7 @@ class World:
     ) -> None:
         n = len(text.tokens)
         for which, found in enumerate(halves):
-            if found[row, 0, :n].numpy().tobytes() != text.content(layer, which):
+            if found[row, 0, :n].cpu().numpy().tobytes() != text.content(layer, which):
                 self.problems.append(f"{name}: wrong {'KV'[which]} in layer {layer}")
 
     def all_problems(self) -> list[str]:

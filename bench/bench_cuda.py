@@ -1,0 +1,310 @@
+"""How near the CUDA code comes to plain copies on this GPU: ratios within one run.
+
+    python bench/bench_cuda.py --out build/gpu              # cuda.json and cuda.md
+    python bench/bench_cuda.py --baseline bench/results/cuda.json
+
+With a baseline, a ratio more than 10 % worse than there fails, with exit code 1. `--device cpu
+--quick` runs the same on any machine, where the figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import pagedkv as pk
+from pagedkv.info import collect
+
+TOLERANCE = 1.10
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`value` over the reference of the same run; `bar` is the most that is accepted."""
+
+    name: str
+    value: float
+    bar: float | None = None
+
+
+class Clock:
+    """Seconds of work on a device, from its own events where it has some."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def median(self, call: Callable[[], Any], rounds: int) -> float:
+        call()
+        self.synchronize()
+        found = []
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            call()
+            self.synchronize()
+            found.append(time.perf_counter() - begin)
+        return statistics.median(found)
+
+    def per_call(self, call: Callable[[], Any], calls: int = 50, rounds: int = 5) -> float:
+        """With many in a row, so that the launches of some hide behind the work of others."""
+
+        def many() -> None:
+            for _ in range(calls):
+                call()
+
+        return self.median(many, rounds) / calls
+
+
+class Bench:
+    def __init__(self, device: str, quick: bool) -> None:
+        self.device = torch.device(device)
+        self.clock = Clock(self.device)
+        self.quick = quick
+        self.rounds = 3 if quick else 15
+        self.num_bytes = (4 if quick else 512) * MIB
+        self.figures: list[Figure] = []
+
+    def add(self, name: str, value: float, bar: float) -> None:
+        self.figures.append(Figure(name, value, bar))
+
+    def cache(self, layers: int, layout: Any, **options: Any) -> tuple[pk.KVCache, Any, int]:
+        """A cache with one long sequence, in blocks of 64 KiB for each layer's K and V together."""
+        spec = pk.KVSpec(layers, 8, 128, "bfloat16", 16)
+        num_blocks = max(self.num_bytes // spec.block_bytes, 256 if layers == 1 else 4)
+        kv = pk.KVCache(
+            spec,
+            device=self.device,
+            num_device_blocks=2 * num_blocks,
+            num_host_blocks=2 * num_blocks,
+            max_model_len=num_blocks * spec.block_size,
+            max_batch=256,
+            layout=layout,
+            **options,
+        )
+        ids = np.array([kv.create(), kv.create()])
+        for i in ids:
+            with kv.step([i], counts=[num_blocks * spec.block_size]):
+                pass
+        return kv, ids, num_blocks
+
+    def plain(self) -> dict[str, float]:
+        """Seconds of one large copy of the same bytes, out and in, and of both at once."""
+        pin = self.device.type == "cuda"
+        host = torch.empty(self.num_bytes, dtype=torch.uint8, pin_memory=pin)
+        other = torch.empty(self.num_bytes, dtype=torch.uint8, pin_memory=pin)
+        there = torch.ones(self.num_bytes, dtype=torch.uint8, device=self.device)
+        target = torch.ones_like(there)
+        found = {
+            "out": self.clock.median(lambda: host.copy_(there, non_blocking=True), self.rounds),
+            "in": self.clock.median(lambda: there.copy_(host, non_blocking=True), self.rounds),
+            "on the device": self.clock.median(lambda: target.copy_(there), self.rounds),
+        }
+        if pin:
+            streams = [torch.cuda.Stream(self.device) for _ in range(2)]
+
+            def both() -> None:
+                with torch.cuda.stream(streams[0]):
+                    host.copy_(there, non_blocking=True)
+                with torch.cuda.stream(streams[1]):
+                    target.copy_(other, non_blocking=True)
+
+            found["both"] = self.clock.median(both, self.rounds)
+        return found
+
+    def swaps(self, layout: Any, bar: float, plain: dict[str, float]) -> None:
+        kv, ids, num_blocks = self.cache(32, layout)
+        size = "2 MiB blocks" if layout == "block_major" else "32 KiB pieces"
+        with kv:
+            scale = num_blocks * kv.spec.block_bytes / self.num_bytes
+            one, other = ids[:1], ids[1:]
+            for _ in range(2):  # the first touch of host memory is another matter
+                kv.swap_out(one).wait()
+                kv.swap_in(one).wait()
+            times: dict[str, list[float]] = {"out": [], "in": [], "submit": []}
+            for _ in range(self.rounds):
+                for name, move in (("out", kv.swap_out), ("in", kv.swap_in)):
+                    begin = time.perf_counter()
+                    transfer = move(one)
+                    times["submit"].append(time.perf_counter() - begin)
+                    transfer.wait()
+                    times[name].append(transfer.seconds or time.perf_counter() - begin)
+            for name in ("out", "in"):
+                ratio = statistics.median(times[name]) / (plain[name] * scale)
+                self.add(f"swap {name}, {size}, over one copy", ratio, bar)
+            runs = num_blocks * (1 if layout == "block_major" else 64)
+            submit = statistics.median(times["submit"]) / runs * 1e6
+            self.add(f"submission, {size}, us per piece at most", submit, 1.0)
+            if "both" in plain:
+                kv.swap_out(other).wait()
+                both = []
+                for n in range(self.rounds):
+                    out, back = (one, other) if n % 2 == 0 else (other, one)
+                    begin = time.perf_counter()
+                    transfers = kv.swap_out(out), kv.swap_in(back)
+                    for transfer in transfers:
+                        transfer.wait()
+                    both.append(time.perf_counter() - begin)
+                ratio = statistics.median(both) / (plain["both"] * scale)
+                self.add(f"both ways, {size}, over two copies", ratio, 1 / 0.85)
+
+    def kernels(self, plain: dict[str, float]) -> None:
+        kv, ids, num_blocks = self.cache(1, "block_major")
+        per_byte = plain["on the device"] / self.num_bytes
+        with kv:
+            tokens = min(num_blocks * kv.spec.block_size, 8192)
+            k = torch.ones(tokens, 8, 128, dtype=torch.bfloat16, device=self.device)
+            some = np.array([kv.create()])
+            kv.release(ids[1:])
+            with kv.step(some, counts=[tokens]) as step:
+                seconds = self.clock.per_call(lambda: kv.write(0, k, k, step))
+                moved = 2 * k.nbytes
+                self.add("write over a device copy, per byte", seconds / moved / per_byte, 1 / 0.8)
+                seconds = self.clock.per_call(lambda: kv.gather(0, step))
+                self.add("gather over a device copy, per byte", seconds / moved / per_byte, 1 / 0.8)
+            pairs = num_blocks // 2
+            rows = np.stack([np.arange(pairs) + 1, np.arange(pairs) + 1 + pairs], axis=1)
+            copies = np.concatenate([rows, np.full((pairs, 1), kv.spec.block_size)], axis=1)
+            copies = np.ascontiguousarray(copies, np.int32)
+            seconds = self.clock.per_call(lambda: kv._pool.copy_blocks(copies), calls=10)
+            moved = pairs * kv.spec.block_bytes
+            ratio = seconds / moved / per_byte
+            self.add("copy_blocks over a device copy, per byte", ratio, 1 / 0.85)
+
+    def small(self) -> None:
+        """Decode size: 256 tokens, against the smallest thing that torch launches."""
+        kv, ids, _ = self.cache(1, "block_major")
+        with kv:
+            kv.release(ids)
+            many = np.array([kv.create() for _ in range(256)])
+            k = torch.ones(256, 8, 128, dtype=torch.bfloat16, device=self.device)
+            nothing = torch.zeros(1, device=self.device)
+            with kv.step(many) as step:
+                write = self.clock.per_call(lambda: kv.write(0, k, k, step), calls=200)
+            empty = self.clock.per_call(lambda: nothing.zero_(), calls=200)
+            self.add("decode-size write less torch's smallest kernel, us", (write - empty) * 1e6, 3)
+
+    def beside(self) -> None:
+        """A compute-bound loop, alone and beside swaps both ways."""
+        kv, ids, _ = self.cache(32, "block_major")
+        a = torch.randn(2048 if not self.quick else 64, 2048 if not self.quick else 64)
+        a = a.to(self.device, torch.bfloat16)
+
+        def loop() -> None:
+            for _ in range(20):
+                torch.mm(a, a)
+
+        with kv:
+            kv.swap_out(ids[1:]).wait()
+            alone = self.clock.median(loop, self.rounds)
+            times = []
+            for n in range(self.rounds):
+                out, back = (ids[:1], ids[1:]) if n % 2 == 0 else (ids[1:], ids[:1])
+                transfers = kv.swap_out(out), kv.swap_in(back)
+                begin = time.perf_counter()
+                loop()
+                stream = torch.cuda.current_stream() if self.device.type == "cuda" else None
+                if stream is not None:
+                    stream.synchronize()
+                times.append(time.perf_counter() - begin)
+                for transfer in transfers:
+                    transfer.wait()
+            self.add("compute beside swaps over alone", statistics.median(times) / alone, 1.05)
+
+    def run(self) -> str:
+        plain = self.plain()
+        self.swaps("block_major", 1 / 0.95, plain)
+        self.swaps("layer_major", 1 / 0.85, plain)
+        self.kernels(plain)
+        self.small()
+        self.beside()
+        kv, _, _ = self.cache(1, "block_major")
+        with kv:
+            methods = kv.copy_methods()
+        rates = ", ".join(
+            f"{name} {self.num_bytes / seconds / 1e9:.1f} GB/s" for name, seconds in plain.items()
+        )
+        return f"Plain copies: {rates}.\n\n```\n{methods}```\n"
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    found = {
+        "date": date.today().isoformat(),
+        "commit": commit.stdout.strip() or "unknown",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["driver"] = str(collect().cuda.driver)
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def table(figures: list[Figure], where: dict[str, str], text: str) -> str:
+    lines = ["# CUDA", "", ", ".join(f"{k} {v}" for k, v in where.items()), ""]
+    lines += ["| figure | value | bar | |", "|---|---|---|---|"]
+    for figure in figures:
+        ok = "" if figure.bar is None else "ok" if figure.value <= figure.bar else "MISSED"
+        bar = "" if figure.bar is None else f"{figure.bar:.2f}"
+        lines.append(f"| {figure.name} | {figure.value:.2f} | {bar} | {ok} |")
+    return "\n".join([*lines, "", text])
+
+
+def worse(figures: list[Figure], baseline: Path) -> list[str]:
+    before = {f["name"]: f["value"] for f in json.loads(baseline.read_text())["figures"]}
+    return [
+        f"{f.name}: {f.value:.3f}, and {before[f.name]:.3f} in {baseline}"
+        for f in figures
+        if f.name in before and f.value > before[f.name] * TOLERANCE
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--quick", action="store_true", help="small sizes: does it run at all?")
+    parser.add_argument("--out", type=Path, help="folder for cuda.json and cuda.md")
+    parser.add_argument("--baseline", type=Path, help="cuda.json of an earlier run")
+    args = parser.parse_args()
+    bench = Bench(args.device, args.quick)
+    text = bench.run()
+    where = machine(bench.device)
+    shown = table(bench.figures, where, text)
+    print(shown)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        record = {"machine": where, "figures": [asdict(f) for f in bench.figures]}
+        (args.out / "cuda.json").write_text(json.dumps(record, indent=1) + "\n")
+        (args.out / "cuda.md").write_text(shown)
+    found = worse(bench.figures, args.baseline) if args.baseline else []
+    for line in found:
+        print("worse:", line, file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
