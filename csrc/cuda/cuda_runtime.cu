@@ -2,6 +2,28 @@
 
 namespace pagedkv {
 
+namespace {
+
+// Pinning goes on beside whatever the caller does: it must not end a capture of his, as calls of
+// any thread otherwise may.
+class WhileOthersCapture {
+ public:
+  WhileOthersCapture() { exchange(); }
+  ~WhileOthersCapture() { exchange(); }
+  WhileOthersCapture(const WhileOthersCapture&) = delete;
+  WhileOthersCapture& operator=(const WhileOthersCapture&) = delete;
+
+ private:
+  void exchange() {
+    if (cudaThreadExchangeStreamCaptureMode(&mode_) != cudaSuccess) {
+      static_cast<void>(cudaGetLastError());
+    }
+  }
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+}  // namespace
+
 std::shared_ptr<CudaRuntime> real_runtime() { return std::make_shared<RealRuntime>(); }
 
 std::string RealRuntime::error_text(int code) {
@@ -88,8 +110,12 @@ int RealRuntime::copy_batch(void** targets, const void** sources, std::size_t* b
 int RealRuntime::allocate(void** memory, std::size_t bytes) { return cudaMalloc(memory, bytes); }
 int RealRuntime::free(void* memory) { return cudaFree(memory); }
 int RealRuntime::register_host(void* memory, std::size_t bytes) {
+  const WhileOthersCapture relaxed;
   return cudaHostRegister(memory, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
 }
-int RealRuntime::unregister_host(void* memory) { return cudaHostUnregister(memory); }
+int RealRuntime::unregister_host(void* memory) {
+  const WhileOthersCapture relaxed;
+  return cudaHostUnregister(memory);
+}
 
 }  // namespace pagedkv

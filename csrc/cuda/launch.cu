@@ -1,5 +1,7 @@
 // The loop around every kernel, and its launches.
 #include <algorithm>
+#include <array>
+#include <atomic>
 
 #include "cuda/cuda_runtime.h"
 #include "cuda/kernels.h"
@@ -45,33 +47,46 @@ __global__ void __launch_bounds__(kThreads) convert_values(const ScatterFp8 kern
   }
 }
 
-template <class Kernel>
-int launch_grid(void (*function)(Kernel), const Kernel& kernel, std::int64_t count,
-                CudaStream stream) {
-  // As many thread blocks as run side by side, or fewer: the loop does the rest.
-  int device = 0, num_processors = 0, per_processor = 0;
+// How many thread blocks of a kernel run side by side on the current device. Asked once: the answer
+// takes longer than a launch.
+template <auto kFunction>
+int num_side_by_side(int* num_blocks) {
+  static std::array<std::atomic<int>, 64> known{};
+  int device = 0;
   if (const int code = cudaGetDevice(&device)) return code;
+  const bool keep = device < static_cast<int>(known.size());
+  if (keep && (*num_blocks = known[static_cast<std::size_t>(device)]) > 0) return cudaSuccess;
+  int num_processors = 0, per_processor = 0;
   if (const int code =
           cudaDeviceGetAttribute(&num_processors, cudaDevAttrMultiProcessorCount, device)) {
     return code;
   }
   if (const int code =
-          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, function, kThreads, 0)) {
+          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kFunction, kThreads, 0)) {
     return code;
   }
-  const std::int64_t most = std::int64_t{num_processors} * std::max(per_processor, 1);
+  *num_blocks = num_processors * std::max(per_processor, 1);
+  if (keep) known[static_cast<std::size_t>(device)] = *num_blocks;
+  return cudaSuccess;
+}
+
+template <auto kFunction, class Kernel>
+int launch_grid(const Kernel& kernel, std::int64_t count, CudaStream stream) {
+  int most = 0;
+  if (const int code = num_side_by_side<kFunction>(&most)) return code;
+  // No more than run side by side, or fewer: the loop does the rest.
   const std::int64_t needed = (count + kThreads - 1) / kThreads;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min(most, needed)));
+  config.gridDim = dim3(static_cast<unsigned>(std::min<std::int64_t>(most, needed)));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   // Returns this launch's own error, where cudaPeekAtLastError() may find somebody else's.
-  return cudaLaunchKernelEx(&config, function, kernel);
+  return cudaLaunchKernelEx(&config, kFunction, kernel);
 }
 
 template <class Word, class Kernel>
 int launch_with(const Kernel& kernel, CudaStream stream) {
-  return launch_grid(move_words<Kernel, Word>, kernel, kernel.words.count, stream);
+  return launch_grid<move_words<Kernel, Word>>(kernel, kernel.words.count, stream);
 }
 
 template <class Kernel>
@@ -93,7 +108,7 @@ int RealRuntime::launch(const ScatterKv& k, CudaStream stream) { return launch_w
 int RealRuntime::launch(const ScatterFp8& k, CudaStream stream) {
   if (k.count == 0) return cudaSuccess;
   return k.dispatch([&]<class Value, int kCount>() {
-    return launch_grid(convert_values<Value, kCount>, k, k.count, stream);
+    return launch_grid<convert_values<Value, kCount>>(k, k.count, stream);
   });
 }
 int RealRuntime::launch(const GatherKv& k, CudaStream stream) { return launch_words(k, stream); }
