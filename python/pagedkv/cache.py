@@ -24,7 +24,7 @@ from pagedkv.preemption import CostModel, swap_or_recompute
 from pagedkv.sequences import Sequences
 from pagedkv.spec import KVSpec
 from pagedkv.step import Step
-from pagedkv.transfers import Transfers
+from pagedkv.transfers import GONE, Transfers
 from pagedkv.units import parse_bytes
 
 __all__ = ["KVCache"]
@@ -332,7 +332,7 @@ class KVCache(Sequences):
         self._layers = ()
         self._workspaces = {}
         self.machine = Machine()  # which holds nothing
-        del self._pool
+        self._pool = GONE
 
     def __enter__(self) -> KVCache:
         return self

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pagedkv._core import BlockManager, Device, StepPlan, TransferEngine, TransferPlan
 from pagedkv.errors import ConcurrentUse, InvalidState, KVError, TransferError
@@ -83,6 +83,16 @@ class Transfer:
         return f"<Transfer {self.id} {self.direction} num_bytes={self.num_bytes} {state}>"
 
 
+class _Gone:
+    """In the place of what a closed cache has let go of, for whoever comes late."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise InvalidState("this cache is closed")
+
+
+GONE: Any = _Gone()
+
+
 class _Alone:
     """Who is inside is alone: a second thread, or a call out of an argument, never waits."""
 
@@ -152,8 +162,11 @@ class Transfers:
 
     def step(self, plan: StepPlan) -> None:
         """Before a step's first work: the caller's stream waits for what the plan waits for."""
-        self._machine.follow()
-        self.engine.step(plan)
+        with self._alone:
+            if self._closed:
+                raise InvalidState("this cache is closed")
+            self._machine.follow()
+            self.engine.step(plan)
 
     def look(self) -> list[Transfer]:
         """Tell the manager of all that has ended, and return it. Nobody is waited for."""
@@ -294,4 +307,4 @@ class Transfers:
                 transfer._error = TransferError("the cache was closed before its end")
             transfer._done = True
         self._under_way.clear()
-        del self.engine, self.device, self._machine
+        self.engine = self.device = self._machine = GONE
