@@ -90,6 +90,9 @@ void bind_engine_class(py::module_& m) {
           py::arg("plan"), "Queue a plan behind all that the caller's stream was given.")
       .def("step", &step, py::arg("plan"),
            "Make the caller's stream wait for what a step has to wait for.")
+      .def(
+          "follow", [](PyEngine& self) { enter(self, [](TransferEngine& e) { e.follow(); }); },
+          "Make the caller's stream continue the one that he was on before.")
       .def("poll", &poll,
            "What has ended since: (id, why it failed or None, seconds that it copied) of each.")
       .def(

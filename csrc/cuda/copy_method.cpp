@@ -7,6 +7,10 @@
 
 namespace pagedkv {
 
+namespace {
+constexpr std::size_t kMostCalls = 512;
+}
+
 const char* name(CopyMethod method) {
   switch (method) {
     case CopyMethod::loop: return "loop";
@@ -38,8 +42,12 @@ CopyMethod CopyMethods::choose(Direction direction, std::span<const CopyRun> run
   std::size_t size = 0;
   while (size + 1 < kPieceBytes.size() && kPieceBytes[size + 1] <= mean) ++size;
   const CopyMethod best = entries_[static_cast<std::size_t>(direction)][size].best;
-  // What a batch or a kernel saves is calls: for one piece there is nothing to save.
-  return runs.size() == 1 ? CopyMethod::loop : best;
+  // What a batch or a kernel saves is calls: for one piece there is nothing to save. With very
+  // many, a loop fills the stream's queue, and then each call waits for the one that is carried
+  // out.
+  if (runs.size() == 1) return CopyMethod::loop;
+  if (best != CopyMethod::loop || runs.size() <= kMostCalls) return best;
+  return has_batch_ ? CopyMethod::batch : CopyMethod::kernel;
 }
 
 void CopyMethods::calibrate(const Measure& measure) {

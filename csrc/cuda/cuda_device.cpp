@@ -45,12 +45,14 @@ CudaDevice::CudaDevice(std::shared_ptr<CudaRuntime> runtime, const CudaOptions& 
       methods_(runtime_->has_copy_batch()) {
   const Guard guard(*this);
   ring_ = std::make_unique<UploadRing>(*this, runtime_, options_.ring_bytes);
+  transfer_ring_ = std::make_unique<UploadRing>(*this, runtime_, options_.ring_bytes);
 }
 
 CudaDevice::~CudaDevice() {
   if (is_parents()) {  // all of it is the parent's
     for (auto& memory : host_) memory->leave();
     static_cast<void>(ring_.release());
+    static_cast<void>(transfer_ring_.release());
     return;
   }
   try {
@@ -274,6 +276,7 @@ void CudaDevice::close() {
     end(runtime_->synchronize(stream), "cudaStreamSynchronize");
   }
   ring_.reset();
+  transfer_ring_.reset();
   for (const EventState& state : events_) {
     end(runtime_->destroy_event(state.event), "cudaEventDestroy");
   }

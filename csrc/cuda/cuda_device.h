@@ -121,7 +121,8 @@ class CudaDevice final : public Device {
   std::vector<EventState> events_;
   std::vector<std::size_t> free_events_;
   std::vector<std::unique_ptr<PinnedMemory>> host_;
-  std::unique_ptr<UploadRing> ring_;
+  std::unique_ptr<UploadRing> ring_;           // of steps
+  std::unique_ptr<UploadRing> transfer_ring_;  // of transfers, which no step has to wait for
   CopyMethods methods_;
   std::string lost_;  // why, once it is
   bool closed_ = false;

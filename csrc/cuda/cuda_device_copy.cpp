@@ -100,7 +100,7 @@ void CudaDevice::copy_by_kernel(CudaStream stream, std::span<const CopyRun> runs
     }
   }
   const std::size_t size = pieces.size() * sizeof(TransferPiece);
-  ring_->upload(
+  transfer_ring_->upload(
       stream, size,
       [&](std::byte* host) {
         std::copy_n(reinterpret_cast<const std::byte*>(pieces.data()), size, host);
@@ -131,15 +131,23 @@ void CudaDevice::calibrate() {
       runs.push_back(direction == Direction::out ? CopyRun{here, there, piece}
                                                  : CopyRun{there, here, piece});
     }
+    // What is not pinned no kernel can reach; and a method that is refused is not to be had here.
+    if (method == CopyMethod::kernel && host.num_pageable_bytes() > 0) return 0.0;
     double best = 1e9;
-    for (int round = 0; round < 3; ++round) {
+    bool refused = false;
+    for (int round = 0; round < 3 && !refused; ++round) {
       const auto begin = std::chrono::steady_clock::now();
-      copy_by(method, stream, runs);
+      try {
+        copy_by(method, stream, runs);
+      } catch (const DeviceError&) {
+        if (!lost_.empty()) throw;
+        refused = true;
+      }
       check(runtime_->synchronize(stream), "cudaStreamSynchronize");
       best = std::min(
           best, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
     }
-    return static_cast<double>(runs.size() * piece) / std::max(best, 1e-9);
+    return refused ? 0.0 : static_cast<double>(runs.size() * piece) / std::max(best, 1e-9);
   };
   const auto give_back = [&] {
     if (stream != nullptr && runtime_->destroy_stream(stream) != 0) runtime_->clear_error();

@@ -4,8 +4,8 @@ namespace pagedkv {
 
 namespace {
 
-// Pinning goes on beside whatever the caller does: it must not end a capture of his, as calls of
-// any thread otherwise may.
+// Some calls end the capture of a graph, of any thread, unless theirs says that it means no harm:
+// those that wait, ask or get memory. None of ours are about a stream that is being captured.
 class WhileOthersCapture {
  public:
   WhileOthersCapture() { exchange(); }
@@ -43,10 +43,16 @@ int RealRuntime::create_stream(CudaStream* stream) {
   return cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking);
 }
 int RealRuntime::destroy_stream(CudaStream stream) { return cudaStreamDestroy(stream); }
-int RealRuntime::synchronize(CudaStream stream) { return cudaStreamSynchronize(stream); }
+int RealRuntime::synchronize(CudaStream stream) {
+  const WhileOthersCapture relaxed;
+  return cudaStreamSynchronize(stream);
+}
 int RealRuntime::device_of(CudaStream stream, int* device) {
 #if CUDART_VERSION >= 12080
-  return cudaStreamGetDevice(stream, device);
+  const cudaError_t code = cudaStreamGetDevice(stream, device);
+  if (code != cudaErrorCallRequiresNewerDriver && code != cudaErrorNotSupported) return code;
+  static_cast<void>(cudaGetLastError());
+  return cudaGetDevice(device);
 #else
   static_cast<void>(stream);
   return cudaGetDevice(device);  // these runtimes do not tell
@@ -68,8 +74,14 @@ int RealRuntime::record(CudaEvent event, CudaStream stream) {
 int RealRuntime::wait(CudaStream stream, CudaEvent event) {
   return cudaStreamWaitEvent(stream, event, 0);
 }
-int RealRuntime::query(CudaEvent event) { return cudaEventQuery(event); }
-int RealRuntime::synchronize(CudaEvent event) { return cudaEventSynchronize(event); }
+int RealRuntime::query(CudaEvent event) {
+  const WhileOthersCapture relaxed;
+  return cudaEventQuery(event);
+}
+int RealRuntime::synchronize(CudaEvent event) {
+  const WhileOthersCapture relaxed;
+  return cudaEventSynchronize(event);
+}
 int RealRuntime::elapsed(CudaEvent first, CudaEvent second, float* milliseconds) {
   return cudaEventElapsedTime(milliseconds, first, second);
 }
@@ -107,8 +119,14 @@ int RealRuntime::copy_batch(void** targets, const void** sources, std::size_t* b
 #endif
 }
 
-int RealRuntime::allocate(void** memory, std::size_t bytes) { return cudaMalloc(memory, bytes); }
-int RealRuntime::free(void* memory) { return cudaFree(memory); }
+int RealRuntime::allocate(void** memory, std::size_t bytes) {
+  const WhileOthersCapture relaxed;
+  return cudaMalloc(memory, bytes);
+}
+int RealRuntime::free(void* memory) {
+  const WhileOthersCapture relaxed;
+  return cudaFree(memory);
+}
 int RealRuntime::register_host(void* memory, std::size_t bytes) {
   const WhileOthersCapture relaxed;
   return cudaHostRegister(memory, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <type_traits>
 
 #include "cuda/cuda_runtime.h"
 #include "cuda/kernels.h"
@@ -12,6 +13,8 @@ namespace pagedkv {
 namespace {
 
 constexpr int kThreads = 256;
+// So few saturate the bus, and leave the processors to the model.
+constexpr int kTransferThreadBlocks = 32;
 constexpr int kInFlight = 4;  // words that a thread has loaded before it stores the first
 
 // Moves words of type Word: all loads of a round before its stores, so that several are in flight.
@@ -74,6 +77,7 @@ template <auto kFunction, class Kernel>
 int launch_grid(const Kernel& kernel, std::int64_t count, CudaStream stream) {
   int most = 0;
   if (const int code = num_side_by_side<kFunction>(&most)) return code;
+  if (std::is_same_v<Kernel, TransferBlocks>) most = std::min(most, kTransferThreadBlocks);
   // No more than run side by side, or fewer: the loop does the rest.
   const std::int64_t needed = (count + kThreads - 1) / kThreads;
   cudaLaunchConfig_t config{};

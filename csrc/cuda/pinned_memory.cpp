@@ -1,5 +1,7 @@
 #include "cuda/pinned_memory.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <system_error>
 
@@ -26,6 +28,8 @@ PinnedMemory::PinnedMemory(std::shared_ptr<CudaRuntime> runtime, int device, std
       memory_(map_host_memory(bytes)),
       bytes_(bytes),
       states_((bytes + options_.chunk_bytes - 1) / options_.chunk_bytes, State::mapped) {
+  // A child that is forked takes no copy, which would move what the GPU reads to another place.
+  if (bytes_ > 0) static_cast<void>(::madvise(memory_, bytes_, MADV_DONTFORK));
   if (!options_.ahead || states_.empty()) return;
   try {
     ahead_ = std::thread([this] { run(); });

@@ -18,7 +18,7 @@
 namespace pagedkv {
 
 struct PinnedOptions {
-  std::size_t chunk_bytes = std::size_t{256} << 20;
+  std::size_t chunk_bytes = std::size_t{64} << 20;
   int num_touching = 4;  // threads that touch a chunk side by side
   bool ahead = true;     // lock chunks before they are needed, on a helper thread
 };

@@ -48,7 +48,8 @@ StepMemory::StepMemory(std::shared_ptr<CudaDevice> device, const StepShape& shap
     : device_(std::move(device)),
       shape_(shape),
       memory_(memory),
-      row_is_right_(static_cast<std::size_t>(shape.max_batch), 0) {}
+      row_is_right_(static_cast<std::size_t>(shape.max_batch), 0),
+      row_width_(static_cast<std::size_t>(shape.max_batch), 0) {}
 
 void StepMemory::place(Array array, const void* host, std::byte* device, std::size_t bytes) {
   arrays_[static_cast<int>(array)] = {static_cast<const std::byte*>(host), device, bytes};
@@ -82,7 +83,13 @@ void StepMemory::list_updates(const StepPlan& plan) {
     }
   }
   for (std::int32_t row = 0; row < plan.batch_size; ++row) {
-    if (!row_is_right_[static_cast<std::size_t>(row)]) add(row, 0, plan.table_width);
+    if (!row_is_right_[static_cast<std::size_t>(row)]) {
+      add(row, 0, std::max(plan.table_width, row_width_[static_cast<std::size_t>(row)]));
+    }
+  }
+  for (const TableCells& u : updates_) {
+    std::int32_t& width = row_width_[static_cast<std::size_t>(u.row)];
+    width = std::max(width, u.last);
   }
 }
 
@@ -122,13 +129,16 @@ void StepMemory::send_arrays(const StepPlan& plan) {
     put(Array::positions, plan.positions, tokens, at.positions);
     if (plan.has_tokens) put(Array::input_ids, plan.input_ids, tokens, at.input_ids);
   }
-  device_->ring().send(device_->stream(), arrays, with_tokens ? at.end : at.input_ids,
-                       [&](std::byte* host) {
-                         for (const Placed& array : arrays_) {
-                           if (array.host == nullptr) continue;
-                           std::memcpy(host + (array.device - arrays), array.host, array.bytes);
-                         }
-                       });
+  device_->ring().send(
+      device_->stream(), arrays, with_tokens ? at.end : at.input_ids, [&](std::byte* host) {
+        std::memset(host, 0, with_tokens ? at.end : at.input_ids);
+        auto* starts = reinterpret_cast<std::int32_t*>(host + at.query_starts);
+        std::fill_n(starts, shape_.max_batch + 1, static_cast<std::int32_t>(plan.num_tokens));
+        for (const Placed& array : arrays_) {
+          if (array.host == nullptr) continue;
+          std::memcpy(host + (array.device - arrays), array.host, array.bytes);
+        }
+      });
   const std::size_t cells = batch * static_cast<std::size_t>(plan.table_stride);
   place(Array::block_tables, plan.block_tables, tables(), cells * sizeof(BlockId));
 }

@@ -2,8 +2,9 @@
 // caller's tensors.
 //
 // The arrays go up in one copy. The block tables are changed where the plan says that they changed;
-// once a plan was not carried out, no row is trusted before it has gone up whole. A step of more
-// tokens than `max_tokens` keeps its token arrays on the host, and says so.
+// once a plan was not carried out, no row is trusted before it has gone up whole. Behind a step's
+// arrays stands padding (slot 0, no tokens), for kernels that were captured for a larger step. A
+// step of more tokens than `max_tokens` keeps its token arrays on the host, and says so.
 #pragma once
 
 #include <cstddef>
@@ -27,7 +28,7 @@ class StepMemory {
  public:
   enum class Array { input_ids, slots, positions, query_starts, seq_lens, block_tables };
 
-  // Bytes of device memory that such steps take.
+  // Bytes of device memory that such steps take. It begins zeroed.
   static std::size_t bytes(const StepShape& shape);
 
   StepMemory(std::shared_ptr<CudaDevice> device, const StepShape& shape, std::byte* memory);
@@ -65,6 +66,7 @@ class StepMemory {
   Placed arrays_[6];
   std::int64_t last_step_ = 0;
   std::vector<std::uint8_t> row_is_right_;
+  std::vector<std::int32_t> row_width_;  // cells of each row that were ever written; zeros behind
   std::vector<TableCells> updates_;
   std::int64_t num_cells_ = 0;
 };

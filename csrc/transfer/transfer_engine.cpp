@@ -246,6 +246,11 @@ void TransferEngine::step(std::span<const TransferId> wait_for) {
   fence_behind(compute, wait_for, FenceSite::step_after_transfer);
 }
 
+void TransferEngine::follow() {
+  check_open();
+  compute_stream();
+}
+
 // -------------------------------------------------------------------------------------- ending
 
 bool TransferEngine::has_ended(Transfer& transfer, Ended& ended) {

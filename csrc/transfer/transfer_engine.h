@@ -58,6 +58,9 @@ class TransferEngine {
   // Before a step's first work is queued: the caller's stream waits for these transfers, and for
   // the stream that it used before. A DeviceError means that it does not, so do not queue the step.
   void step(std::span<const TransferId> wait_for);
+  // Within a step, before more of its work is queued: on another stream than before, it continues
+  // what was queued there.
+  void follow();
   std::vector<Ended> poll();
   void wait(TransferId id);    // until it has ended, which poll() tells
   bool cancel(TransferId id);  // false: its copies have begun, or ended

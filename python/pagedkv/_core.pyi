@@ -417,6 +417,8 @@ class TransferEngine(_Object):
         """Queue a plan behind all that the caller's stream was given."""
     def step(self, plan: StepPlan) -> None:
         """Make the caller's stream wait for what a step has to wait for. Raises DeviceError."""
+    def follow(self) -> None:
+        """Make the caller's stream continue the one that he was on before. Raises DeviceError."""
     def poll(self) -> list[tuple[int, str | None, float]]:
         """What has ended since: (id, why it failed or None, seconds that its copies took).
 

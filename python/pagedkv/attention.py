@@ -71,8 +71,8 @@ def attend(
             part = attn_mask[first:last] if attn_mask.shape[0] > 1 else attn_mask
             mask = part[..., : int(lens[first:last].max())]
         else:
-            mask = _causal_mask(lens[first:last], int(starts[first + 1] - starts[first]), window)
-            mask = mask if mask is None else mask.to(q.device)
+            num_new = int(starts[first + 1] - starts[first])
+            mask = _causal_mask(lens[first:last], step.seq_lens[first:last], num_new, window)
         queries = q[rows].unflatten(0, (last - first, -1)).transpose(1, 2)
         if shared and last - first > 1:
             found = _shared(kv, layer, queries, step, first, last, shared, scale, softcap, mask)
@@ -84,14 +84,20 @@ def attend(
 
 
 def _causal_mask(
-    lens: np.ndarray[tuple[int], np.dtype[np.int32]], num_new: int, window: int | None
+    lens: np.ndarray[tuple[int], np.dtype[np.int32]],
+    lens_there: torch.Tensor,
+    num_new: int,
+    window: int | None,
 ) -> torch.Tensor | None:
-    """Which of the last `num_new` queries of each row see which keys, bool [B, 1, num_new, max]."""
-    longest = int(lens.max())
+    """Which of the last `num_new` queries of each row see which keys, bool [B, 1, num_new, max].
+
+    `lens_there` are the lengths on the device, where the mask is made, so that nobody waits.
+    """
+    longest, device = int(lens.max()), lens_there.device
     if num_new == 1 and int(lens.min()) == longest and (window is None or window >= longest):
         return None
-    keys = torch.arange(longest)
-    at = torch.from_numpy(lens).long()[:, None] - num_new + torch.arange(num_new)
+    keys = torch.arange(longest, device=device)
+    at = lens_there.long()[:, None] - num_new + torch.arange(num_new, device=device)
     visible = keys <= at[..., None]
     if window is not None:
         visible &= keys > at[..., None] - window

@@ -151,7 +151,7 @@ class KVCache(Sequences):
     def apply(self, plan: StepPlan) -> None:
         """Carry out the copies of a plan, which may be another process's manager's."""
         self._open_manager()
-        self.machine.follow()
+        self._follow()
         if plan.num_copies:
             self._pool.copy_blocks(plan.copies)
 
@@ -162,7 +162,6 @@ class KVCache(Sequences):
         device, InvalidState if `step` is not this cache's open one.
         """
         self._require(step)
-        self._look()  # so that the end of a transfer is seen about when it is
         slots, pools, ready = step.plan.slots, self._pools(layer), []
         for i, source in enumerate((k, v)):
             pool = pools[i]
@@ -181,7 +180,7 @@ class KVCache(Sequences):
                 rows = rows.contiguous()
             ready.append(rows)
         keys, values = ready
-        self.machine.follow()
+        self._follow()
         self._pool.write(
             layer,
             slots,
@@ -212,7 +211,7 @@ class KVCache(Sequences):
 
         Returns views [B, H, max(num_tokens), dim], zeros past each row's number.
         """
-        self.machine.follow()
+        self._follow()
         width = int(num_tokens.max()) if len(num_tokens) else 0
         found = []
         for i, pool in enumerate(self._pools(layer)):
@@ -254,6 +253,10 @@ class KVCache(Sequences):
             self, layer, q, step, scale=scale, softcap=softcap, window=window, attn_mask=attn_mask
         )
 
+    def _follow(self) -> None:
+        if self._transfers is not None:
+            self._transfers.follow()
+
     # ---- tensors ---------------------------------------------------------------------------
 
     def k(self, layer: int) -> torch.Tensor:
@@ -287,6 +290,8 @@ class KVCache(Sequences):
         if view.shape != shape or view.dtype != dtype:
             num_bytes = math.prod(shape) * dtype.itemsize
             if memory.nbytes < num_bytes:
+                if memory.is_cuda:  # what was queued on another stream still reads it
+                    memory.record_stream(torch.cuda.current_stream(memory.device))
                 memory = torch.empty(
                     num_bytes + num_bytes // 4, dtype=torch.uint8, device=self.device
                 )

@@ -6,6 +6,7 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from pagedkv._core import (
@@ -52,8 +53,16 @@ class Machine:
         """What carries out the copies of steps."""
         return HostPool(memory.regions, manager.num_device_blocks + 1, manager.block_size)
 
-    def follow(self) -> None:
-        """Take the stream that the caller is on now: before anything is queued."""
+    def follow(self) -> bool:
+        """Take the stream that the caller is on now: before anything is queued.
+
+        Returns whether it may be another one than before, which it then has to continue.
+        """
+        return False
+
+    def is_capturing(self) -> bool:
+        """Whether the caller's stream is being captured into a graph: nothing runs on it now."""
+        return False
 
     def hold(self, *tensors: torch.Tensor) -> None:
         """Keep what queued work reads, where nobody else does."""
@@ -86,6 +95,9 @@ class GivenMachine(Machine):
     def transfer_device(self) -> Device:
         return self._device
 
+    def follow(self) -> bool:
+        return True
+
 
 class SimulatedMachine(GivenMachine):
     """A machine for tests, whose steps are queued on its compute streams."""
@@ -104,6 +116,7 @@ class CudaMachine(Machine):
     def __init__(self, gpu: CudaDevice, device: torch.device) -> None:
         self.device = device
         self._gpu = gpu
+        self._stream = -1  # CUDA's handle of the caller's, once we know
         self._warned = False
 
     def transfer_device(self) -> Device:
@@ -114,7 +127,7 @@ class CudaMachine(Machine):
         self._table_stride = -(-manager.max_model_len // manager.block_size)
         shape = manager.max_batch, MAX_STEP_TOKENS, self._table_stride
         num_bytes = CudaPool.step_bytes(*shape)
-        self._step_memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        self._step_memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         self._pool = CudaPool(
             self._gpu,
             memory.regions,
@@ -126,9 +139,17 @@ class CudaMachine(Machine):
         )
         return self._pool
 
-    def follow(self) -> None:
+    def follow(self) -> bool:
         # torch.cuda.current_stream() makes an object, and takes ten times as long.
-        self._gpu.use_stream(torch._C._cuda_getCurrentRawStream(self._gpu.index))
+        stream = torch._C._cuda_getCurrentRawStream(self._gpu.index)
+        if stream == self._stream:
+            return False
+        self._gpu.use_stream(stream)
+        self._stream = stream
+        return True
+
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
 
     def warn(self) -> None:
         num_bytes = self._gpu.num_pageable_bytes
@@ -145,7 +166,7 @@ class CudaMachine(Machine):
         host = getattr(plan, name)
         address = self._pool.address(name)
         if address is None:
-            return torch.from_numpy(host).to(self.device)
+            return self._upload(host)
         offset = address - self._step_memory.data_ptr()
         typed = self._step_memory[offset:].view(torch.uint8)
         dtype = torch.from_numpy(host).dtype
@@ -154,6 +175,12 @@ class CudaMachine(Machine):
         if host.size == 0:
             return torch.empty(host.shape, dtype=dtype, device=self.device)
         return typed[: span * dtype.itemsize].view(dtype).as_strided(host.shape, stride)
+
+    def _upload(self, host: np.ndarray[Any, Any]) -> torch.Tensor:
+        tensor = torch.from_numpy(host)
+        if self.device.type == "cuda":  # from pinned memory, since other copies wait for the stream
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]
@@ -170,8 +197,12 @@ class SimulatedCudaMachine(CudaMachine):
         super().__init__(gpu, torch.device("cpu"))
         self._held: list[torch.Tensor] = []
 
-    def follow(self) -> None:
+    def follow(self) -> bool:
         """The caller says gpu.use_stream() himself."""
+        return True
+
+    def is_capturing(self) -> bool:
+        return False
 
     def hold(self, *tensors: torch.Tensor) -> None:
         self._held += tensors

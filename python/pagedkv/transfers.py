@@ -144,8 +144,15 @@ class Transfers:
         with self._alone:
             if self._closed:
                 raise InvalidState("this cache is closed")
+            if self._machine.is_capturing():
+                raise InvalidState("a CUDA graph is being captured: no blocks are moved meanwhile")
             self._look()
             return self._submit(make_plan())
+
+    def follow(self) -> None:
+        """Within a step: the stream that the caller is on now continues the one before."""
+        if self._machine.follow() and not self._machine.is_capturing():
+            self.engine.follow()
 
     def _submit(self, plan: TransferPlan) -> Transfer:
         transfer = Transfer(self, plan, plan.num_copies * self._block_bytes)

@@ -218,13 +218,14 @@ TEST_CASE("no slice of the ring is rewritten before its upload and its readers h
 TEST_CASE("host memory is locked where it is used, ahead of that, or not at all") {
   World w;
   std::byte* const host = w.device->allocate_host(3 * 8192 + 100);
-  CHECK(w.runtime->num_registered_bytes() == w.device->ring().capacity());
+  const std::size_t rings = 2 * w.device->ring().capacity();
+  CHECK(w.runtime->num_registered_bytes() == rings);
   std::vector<std::byte> memory(8192, std::byte{7});
   const Stream stream = w.device->make_stream();
   host[8192] = std::byte{9};  // what is there stays there
   const CopyRun run{host + 2 * 8192 - 50, memory.data(), 100};
   w.device->copy(stream, {&run, 1});
-  CHECK(w.runtime->num_registered_bytes() == w.device->ring().capacity() + 2 * 8192);
+  CHECK(w.runtime->num_registered_bytes() == rings + 2 * 8192);
   CHECK(host[8192] == std::byte{9});
   w.runtime->limit_registered(w.runtime->num_registered_bytes());
   const CopyRun last{host + 3 * 8192, memory.data(), 100};
@@ -342,11 +343,25 @@ TEST_CASE("calibration tries every method in both directions, and gives everythi
     CHECK(w.runtime->num_calls("transfer_blocks") == 2 * 5 * 3);
     CHECK(w.runtime->num_calls("cudaMemcpyBatchAsync") == (has_batch ? 2 * 5 * 3 : 0));
     CHECK(w.runtime->num_registered_bytes() == registered);
-    w.runtime->fail("transfer_blocks", kOutOfMemory);
-    CHECK(contains(message([&] { w.device->calibrate(); }), "transfer_blocks"));
+    w.runtime->fail("cudaMalloc", kOutOfMemory);
+    CHECK(contains(message([&] { w.device->calibrate(); }), "cudaMalloc"));
     CHECK(w.runtime->num_registered_bytes() == registered);
     w.check_nothing_left();
   }
+}
+
+TEST_CASE("a method that is refused, or cannot reach the memory, is not chosen") {
+  World w(Schedule::eager);
+  w.runtime->fail("cudaMemcpyBatchAsync", 801);
+  w.device->calibrate();
+  CHECK(contains(w.device->methods().table(), "  0.0"));
+  const std::int64_t launches = w.runtime->num_calls("transfer_blocks");
+  w.runtime->limit_registered(w.runtime->num_registered_bytes());
+  w.device->calibrate();
+  CHECK(w.runtime->num_calls("transfer_blocks") == launches);
+  CHECK(!contains(w.device->methods().table(), "      kernel"));
+  w.runtime->fail("cudaMemcpyAsync", kIllegalAddress);
+  CHECK(contains(message([&] { w.device->calibrate(); }), "restart"));
 }
 
 TEST_CASE("a batch is never asked for on the legacy stream") {

@@ -79,7 +79,7 @@ struct World {
   std::unique_ptr<HostPool> host;
 };
 
-// What the device has of a plan, byte for byte. The tables as far as their rows reach.
+// What the device has of a plan, byte for byte, padding among it.
 void compare(const StepMemory& step, const StepPlan& plan) {
   using Array = StepMemory::Array;
   const auto same = [&](Array array, const auto* host, std::size_t count) {
@@ -102,8 +102,18 @@ void compare(const StepMemory& step, const StepPlan& plan) {
   const auto* cells = reinterpret_cast<const BlockId*>(step.address(Array::block_tables));
   for (std::size_t row = 0; row < batch; ++row) {
     const BlockId* host = plan.block_tables + row * static_cast<std::size_t>(plan.table_stride);
-    const std::int32_t blocks = (plan.seq_lens[row] + kBlockSize - 1) / kBlockSize;
-    CHECK(std::equal(host, host + blocks, cells + row * kShape.table_stride));
+    CHECK(std::equal(host, host + plan.table_width, cells + row * kShape.table_stride));
+  }
+  // Behind it, what a kernel for a larger step may read: nothing to do.
+  const auto* lens = reinterpret_cast<const std::int32_t*>(step.address(Array::seq_lens));
+  const auto* starts = reinterpret_cast<const std::int32_t*>(step.address(Array::query_starts));
+  for (std::size_t row = batch; row < static_cast<std::size_t>(kShape.max_batch); ++row) {
+    CHECK(lens[row] == 0);
+    CHECK(starts[row + 1] == plan.num_tokens);
+  }
+  const auto* slots = reinterpret_cast<const std::int64_t*>(step.address(Array::slots));
+  for (std::size_t t = tokens; slots != nullptr && t < std::size_t(kShape.max_batch); ++t) {
+    CHECK(slots[t] == 0);
   }
 }
 

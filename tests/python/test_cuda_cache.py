@@ -118,6 +118,27 @@ def test_out_and_in_beside_steps_that_take_the_blocks(
         assert w.cuda.num_calls(called.get(copy_method, "transfer_blocks")) > 0
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_the_caller_changes_streams_in_the_midst_of_a_step(seed: int) -> None:
+    """Opened on one stream, written on another, moved from the first: each continues the other."""
+    with CudaWorld(seed, "random" if seed else "lazy", "batch") as w:
+        a = w.create([])
+        for n in range(5):
+            w.device.use_stream(w.streams[n % 3])
+            with w.kv.step([a], [n, n], counts=[2]) as step:
+                new = w.appended(a, [n, n])
+                w.device.use_stream(w.streams[(n + 1) % 3])
+                w.write(step, new.digests[-2:])
+                w.device.use_stream(w.streams[n % 3])
+            w.texts[a] = new
+            w.kv.swap_out([a])
+            w.overwrite()
+            w.kv.swap_in([a]).wait()
+            w.device.use_stream(w.streams[(n + 2) % 3])
+            w.read(a)
+        assert w.all_problems() == []
+
+
 def test_a_step_is_on_the_device_as_its_plan_says() -> None:
     with CudaWorld(1, "lazy", max_model_len=40, device_blocks=60) as w:
         ids = [w.admit([n, 1, 2]) for n in range(5)]
