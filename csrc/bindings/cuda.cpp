@@ -64,6 +64,11 @@ void bind_device(py::module_& m) {
           "use_stream",
           [](CudaDevice& self, std::uintptr_t handle) { self.use_stream(stream_of(handle)); },
           py::arg("stream"))
+      .def("calibrate",
+           [](CudaDevice& self) {
+             const py::gil_scoped_release release;
+             self.calibrate();
+           })
       .def("copy_methods", [](CudaDevice& self) { return self.methods().table(); })
       .def_property_readonly("index", &CudaDevice::index)
       .def_property_readonly("is_simulated",

@@ -522,6 +522,8 @@ class CudaDevice(Device):
     ) -> None: ...
     def use_stream(self, stream: int) -> None:
         """CUDA's handle of the stream that the caller's work is queued on from now on."""
+    def calibrate(self) -> None:
+        """Measure the methods of copying, which takes a fraction of a second."""
     def copy_methods(self) -> str:
         """What was measured, by direction and size of the pieces, and what is used."""
     @property

@@ -101,7 +101,7 @@ class KVCache(Sequences):
         self._layers = memory.layers
         self._pool = machine.make_pool(memory, manager)
         if num_host_blocks or machine.needs_order:
-            copier = machine.transfer_device()
+            copier = machine.transfer_device(num_host_blocks > 0)
             engine = TransferEngine(
                 copier, memory.block_runs, num_device_blocks, num_host_blocks, owner=memory
             )

@@ -45,7 +45,7 @@ class Machine:
     device = torch.device("cpu")
     needs_order = False
 
-    def transfer_device(self) -> Device:
+    def transfer_device(self, has_host_tier: bool) -> Device:
         """What copies between the tiers."""
         return HostDevice()
 
@@ -92,7 +92,7 @@ class GivenMachine(Machine):
     def __init__(self, device: Device) -> None:
         self._device = device
 
-    def transfer_device(self) -> Device:
+    def transfer_device(self, has_host_tier: bool) -> Device:
         return self._device
 
     def follow(self) -> bool:
@@ -113,13 +113,16 @@ class CudaMachine(Machine):
 
     needs_order = True
 
-    def __init__(self, gpu: CudaDevice, device: torch.device) -> None:
+    def __init__(self, gpu: CudaDevice, device: torch.device, measures: bool = False) -> None:
         self.device = device
+        self._measures = measures  # how to copy, if there is a tier to copy to
         self._gpu = gpu
         self._stream = -1  # CUDA's handle of the caller's, once we know
         self._warned = False
 
-    def transfer_device(self) -> Device:
+    def transfer_device(self, has_host_tier: bool) -> Device:
+        if has_host_tier and self._measures:
+            self._gpu.calibrate()
         return self._gpu
 
     def make_pool(self, memory: DevicePool, manager: BlockManager) -> Pool:
@@ -254,5 +257,5 @@ def _cuda_machine(device: torch.device, copy_method: str) -> Machine:
             f"torch finds no CUDA device: {cuda.status()}. Install a driver, and a torch with CUDA"
         )
     index = torch.cuda.current_device() if device.index is None else device.index
-    gpu = CudaDevice(cuda.runtime(), index, copy_method=copy_method, calibrate=True)
-    return CudaMachine(gpu, torch.device("cuda", index))
+    gpu = CudaDevice(cuda.runtime(), index, copy_method=copy_method)
+    return CudaMachine(gpu, torch.device("cuda", index), measures=copy_method == "auto")
