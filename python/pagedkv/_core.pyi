@@ -591,7 +591,8 @@ class SimulatedCuda(CudaRuntime):
         """The k-th copy from now fails half way, and the device is lost."""
     @property
     def violations(self) -> list[str]:
-        """Pairs of accesses, one of them a write, that nothing orders."""
+        """Pairs of accesses by copies, one of them a write, that nothing orders. Kernels are judged
+        by contents alone."""
     @property
     def num_pending(self) -> int: ...
     @property

@@ -37,7 +37,7 @@ class KVCache(Sequences):
 
     Args:
         spec: what the model keeps per token.
-        device: "cpu", "cuda:0", or a simulated device of `pagedkv.testing`.
+        device: "cpu", "cuda:0", or a simulated device: see `pagedkv.testing`.
         device_memory: bytes for the pool, as an int or a size such as "2GiB", or on a GPU a float,
             the fraction of its free memory; or give
         num_device_blocks: usable blocks instead.
@@ -47,7 +47,7 @@ class KVCache(Sequences):
         max_model_len: most tokens in one sequence; by default what the pool holds.
         watermark: blocks that a sequence's first append must leave available.
         copy_method: how blocks in pieces are copied on a GPU: "loop", "batch" or "kernel"; "auto"
-            measures when the cache is made. `kv.copy_methods()` shows what was measured.
+            measures when the cache is made, if it has a host tier. See `kv.copy_methods()`.
         layout: "block_major" [N, L, 2, P, H, D], where one block is one contiguous run, or
             "layer_major" [L, 2, N, P, H, D], where one layer is. N counts padding block 0.
         prefill_rate: tokens per second that the model prefills: what preempt() in mode "auto"

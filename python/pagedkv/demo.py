@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -45,8 +45,21 @@ def _choose(device: str) -> str:
         raise InvalidSpec(f'device is "{device}", expected "auto", "cpu" or "cuda:0"')
     index = int(device.partition(":")[2] or 0)
     if index >= len(found.devices):
-        raise DeviceError(f'device is "{device}", and there is none: {found.status}')
+        raise DeviceError(
+            f'device is "{device}", and there is none: {len(found.devices)} CUDA devices '
+            f"({found.status})"
+        )
     return f"cuda:{index}"
+
+
+def _move(network: Any, device: str) -> None:
+    import torch
+
+    if device != "cpu" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"torch {torch.__version__} cannot use {device}: install one with CUDA, or --device cpu"
+        )
+    network.to(device)
 
 
 def _describe(device: str) -> str:
@@ -79,7 +92,7 @@ def run(model: str, device: str, out: Path) -> int:
     try:
         begin = time.perf_counter()
         loaded = load(model, console)
-        loaded.network.to(device)
+        _move(loaded.network, device)
         first, second = prompts(loaded)
         seconds = time.perf_counter() - begin
         console.print(f"Model: {escape(loaded.name)}, loaded in {seconds:.1f} s.")

@@ -56,7 +56,7 @@ class Machine:
     def follow(self) -> bool:
         """Take the stream that the caller is on now: before anything is queued.
 
-        Returns whether it may be another one than before, which it then has to continue.
+        Returns whether there are streams, of which each has to continue the one before.
         """
         return False
 
@@ -117,7 +117,6 @@ class CudaMachine(Machine):
         self.device = device
         self._measures = measures  # how to copy, if there is a tier to copy to
         self._gpu = gpu
-        self._stream = -1  # CUDA's handle of the caller's, once we know
         self._warned = False
 
     def transfer_device(self, has_host_tier: bool) -> Device:
@@ -130,7 +129,13 @@ class CudaMachine(Machine):
         self._table_stride = -(-manager.max_model_len // manager.block_size)
         shape = manager.max_batch, MAX_STEP_TOKENS, self._table_stride
         num_bytes = CudaPool.step_bytes(*shape)
-        self._step_memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+        try:
+            self._step_memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+        except (RuntimeError, MemoryError) as error:
+            raise InvalidSpec(
+                f"the arrays of steps, {format_bytes(num_bytes)} for max_batch and max_model_len, "
+                f"do not fit in the memory of {self.device} beside the pool"
+            ) from error
         self._pool = CudaPool(
             self._gpu,
             memory.regions,
@@ -144,11 +149,7 @@ class CudaMachine(Machine):
 
     def follow(self) -> bool:
         # torch.cuda.current_stream() makes an object, and takes ten times as long.
-        stream = torch._C._cuda_getCurrentRawStream(self._gpu.index)
-        if stream == self._stream:
-            return False
-        self._gpu.use_stream(stream)
-        self._stream = stream
+        self._gpu.use_stream(torch._C._cuda_getCurrentRawStream(self._gpu.index))
         return True
 
     def is_capturing(self) -> bool:
@@ -162,7 +163,7 @@ class CudaMachine(Machine):
                 f"{format_bytes(num_bytes)} of the host tier could not be pinned: copies of it are "
                 "slower, and block the caller. Raise the limit of locked memory (ulimit -l)",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def step_tensor(self, plan: StepPlan, name: str) -> torch.Tensor:
@@ -171,13 +172,13 @@ class CudaMachine(Machine):
         if address is None:
             return self._upload(host)
         offset = address - self._step_memory.data_ptr()
-        typed = self._step_memory[offset:].view(torch.uint8)
+        memory = self._step_memory[offset:]
         dtype = torch.from_numpy(host).dtype
         stride = (self._table_stride, 1) if host.ndim == 2 else (1,)
         span = sum((n - 1) * s for n, s in zip(host.shape, stride, strict=True)) + 1
         if host.size == 0:
             return torch.empty(host.shape, dtype=dtype, device=self.device)
-        return typed[: span * dtype.itemsize].view(dtype).as_strided(host.shape, stride)
+        return memory[: span * dtype.itemsize].view(dtype).as_strided(host.shape, stride)
 
     def _upload(self, host: np.ndarray[Any, Any]) -> torch.Tensor:
         tensor = torch.from_numpy(host)
@@ -223,6 +224,10 @@ def machine_for(device: str | torch.device | Device, copy_method: str = "auto") 
 
     Raises InvalidSpec if there is no such kind of device, DeviceError if there is none here.
     """
+    if copy_method != "auto" and not str(device).startswith("cuda"):
+        raise InvalidSpec(
+            f'copy_method is {copy_method!r}, which is for a device "cuda:0": expected "auto"'
+        )
     if not isinstance(device, (str, torch.device)):
         if isinstance(device, SimulatedDevice):
             return SimulatedMachine(device)
@@ -232,7 +237,10 @@ def machine_for(device: str | torch.device | Device, copy_method: str = "auto") 
             return CudaMachine(device, torch.device("cuda", device.index))
         if isinstance(device, Device):
             return GivenMachine(device)
-        raise InvalidSpec(f"device is {device!r}, expected a torch device")
+        raise InvalidSpec(
+            f"device is {device!r}, expected a torch device, a SimulatedDevice, or a CudaDevice, "
+            "which can be one on a SimulatedCuda"
+        )
     try:
         found = torch.device(device)
     except RuntimeError as error:

@@ -183,7 +183,7 @@ class Transfers:
             return self._look()
 
     def _look(self) -> list[Transfer]:
-        if not self._under_way:
+        if not self._under_way or self._machine.is_capturing():  # to ask would end the capture
             return []
         for number, why, seconds in self.engine.poll():
             self._hear(number, why, seconds)
@@ -221,6 +221,8 @@ class Transfers:
         """Block until a transfer has ended."""
         if self.paused:
             raise InvalidState("a step is open: close it before waiting for a transfer")
+        if self._machine.is_capturing():
+            raise InvalidState("a CUDA graph is being captured: nothing ends meanwhile")
         with self._alone:
             if transfer._done:
                 return

@@ -143,7 +143,9 @@ class World:
 
     def write(self, step: Any, digests: list[bytes]) -> None:
         values = np.frombuffer(b"".join(digests), np.float32).reshape(-1, NUM_LAYERS, 2, 1, 4)
-        kv = torch.from_numpy(values.copy()).to(self.kv.device)
+        kv = torch.from_numpy(values.copy())
+        if self.kv.device.type == "cuda":  # a copy from other memory waits for all before it
+            kv = kv.pin_memory().to(self.kv.device, non_blocking=True)
         for layer in range(NUM_LAYERS):
             self.kv.write(layer, kv[:, layer, 0], kv[:, layer, 1], step)
 

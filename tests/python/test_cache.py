@@ -378,6 +378,7 @@ def test_close() -> None:
         ({"device_memory": 0.5, "num_device_blocks": None}, "fraction"),
         ({"device_memory": 1.5, "num_device_blocks": None}, "fraction"),
         ({"device": "nowhere"}, "device"),
+        ({"copy_method": "batch"}, "copy_method"),
         ({"layout": "diagonal"}, "layout"),
         ({"num_device_blocks": 1 << 29}, "pool|memory"),
         ({"watermark": 9}, "watermark"),

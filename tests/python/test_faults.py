@@ -137,19 +137,17 @@ def test_a_forked_child_leaves_its_parents_copies_alone() -> None:
         transfer = w.kv.swap_out([a])
         child = os.fork()
         if child == 0:
+            code = 1
             try:
-                w.kv.swap_in([a]).wait()
-                os._exit(1)
-            except pk.NotResident:  # the copies count as failed here: the sequence is dropped
-                pass
-            try:
-                w.kv.step([a], [9])
-                os._exit(2)
-            except pk.NotResident:
-                pass
-            w.kv.close()  # forgets
-            w.kv.close()
-            os._exit(0)
+                with pytest.raises(pk.NotResident):  # copies count as failed here: it is dropped
+                    w.kv.swap_in([a]).wait()
+                with pytest.raises(pk.NotResident):
+                    w.kv.step([a], [9])
+                w.kv.close()  # forgets
+                w.kv.close()
+                code = 0
+            finally:
+                os._exit(code)
         assert os.waitpid(child, 0)[1] == 0
         transfer.wait()
         w.overwrite()

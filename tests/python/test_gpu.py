@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
 from typing import Any
 
 import pytest
@@ -75,16 +73,17 @@ def test_a_block_is_reused_behind_the_copy_that_reads_it(layout: str, copy_metho
 
 
 def test_a_swap_in_lands_behind_the_last_reader(layout: str) -> None:
-    with GpuWorld(layout=layout) as w:
+    with GpuWorld(layout=layout, device_blocks=4) as w:
         a = w.admit_on_host([1, 2, 3, 4, 5])
         b = w.admit([11, 12, 13, 14, 15])
         with w.kv.step([b], [16]) as step:
             w.write(step, w.appended(b, [16]).digests[-1:])
             spin()
             found = [h.clone() for h in w.kv.gather(0, step)]
-        w.texts[b] = w.appended(b, [16])
+        w.texts[b], blocks = w.appended(b, [16]), set(w.kv.block_table(b).tolist())
         w.kv.release([b])
         w.kv.swap_in([a]).wait()
+        assert blocks & set(w.kv.block_table(a).tolist())
         w.compare_row(0, (found[0], found[1]), 0, w.texts.pop(b), "the last reader")
         w.read(a)
         assert w.problems == []
@@ -204,7 +203,6 @@ def test_a_fraction_of_the_free_memory() -> None:
 
 def test_attention_is_that_of_the_cpu() -> None:
     spec = pk.KVSpec(2, 2, 64, "float32", 16)
-    random.seed(0)
     generator = torch.Generator().manual_seed(0)
     outputs = []
     for device in ("cpu", "cuda:0"):
@@ -212,17 +210,16 @@ def test_attention_is_that_of_the_cpu() -> None:
         with pk.KVCache(spec, device=device, num_device_blocks=64, max_model_len=256) as kv:
             ids = kv.fork(kv.create(), 4)
             found = []
-            with contextlib.ExitStack():
-                for count in (40, 1, 1, 1):
-                    batch = ids[:1] if count > 1 else ids
-                    total = count * len(batch)
-                    q = torch.randn(total, 4, 64, generator=generator).to(device)
-                    k = torch.randn(total, 2, 64, generator=generator).to(device)
-                    with kv.step(batch, counts=[count] * len(batch)) as step:
-                        kv.write(0, k, k, step)
-                        found.append(kv.attention(0, q, step).cpu())
-                    if count > 1:
-                        kv.reorder(ids, [0] * 4)
+            for count in (40, 1, 1, 1):
+                batch = ids[:1] if count > 1 else ids
+                total = count * len(batch)
+                q = torch.randn(total, 4, 64, generator=generator).to(device)
+                k = torch.randn(total, 2, 64, generator=generator).to(device)
+                with kv.step(batch, counts=[count] * len(batch)) as step:
+                    kv.write(0, k, k, step)
+                    found.append(kv.attention(0, q, step).cpu())
+                if count > 1:
+                    kv.reorder(ids, [0] * 4)
             outputs.append(found)
     for one, other in zip(*outputs, strict=True):
         assert (one - other).norm() / one.norm() < 1e-3

@@ -9,7 +9,8 @@ Copies run as late, as torn and in as odd an order as what is declared allows, a
 the seed, and every pair of accesses that nothing orders is a violation, whether or not it did harm.
 
 `device=CudaDevice(SimulatedCuda(seed=7))` runs the whole path of a GPU the same way: its streams,
-events, uploads and kernels, without a GPU.
+events, uploads and kernels, without a GPU. Its `violations` are those of copies: what kernels do in
+the wrong order shows in the contents alone.
 """
 
 from pagedkv._core import CudaDevice, SimulatedCuda, SimulatedDevice
