@@ -28,6 +28,7 @@ struct CudaOptions {
   int index = 0;
   PinnedOptions pinned = {};
   std::size_t ring_bytes = std::size_t{4} << 20;
+  std::size_t calibration_bytes = std::size_t{16} << 20;  // of one measured copy
 };
 
 class CudaDevice final : public Device {

@@ -116,16 +116,16 @@ void CudaDevice::copy_by_kernel(CudaStream stream, std::span<const CopyRun> runs
 
 void CudaDevice::calibrate() {
   check_open();
-  constexpr std::size_t kBytes = std::size_t{16} << 20;
+  const std::size_t size = options_.calibration_bytes;
   const Guard guard(*this);
-  PinnedMemory host(runtime_, options_.index, kBytes, {.chunk_bytes = kBytes, .ahead = false});
+  PinnedMemory host(runtime_, options_.index, size, {.chunk_bytes = size, .ahead = false});
   host.lock_all();
   void* memory = nullptr;
-  check(runtime_->allocate(&memory, kBytes), "cudaMalloc");
+  check(runtime_->allocate(&memory, size), "cudaMalloc");
   CudaStream stream = nullptr;
   const auto measure = [&](CopyMethod method, Direction direction, std::size_t piece) {
     std::vector<CopyRun> runs;  // every other piece, so that no two are neighbours
-    for (std::size_t at = 0; at + piece <= kBytes; at += 2 * piece) {
+    for (std::size_t at = 0; at + piece <= size; at += 2 * piece) {
       std::byte* const there = static_cast<std::byte*>(memory) + at;
       std::byte* const here = host.data() + at;
       runs.push_back(direction == Direction::out ? CopyRun{here, there, piece}

@@ -12,6 +12,8 @@ namespace pagedkv {
 namespace {
 constexpr std::size_t kOsPage = 4096;
 
+constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers do not have
+
 // No OS page is in two registrations.
 PinnedOptions in_os_pages(PinnedOptions options) {
   options.chunk_bytes = (std::max(options.chunk_bytes, kOsPage) + kOsPage - 1) / kOsPage * kOsPage;
@@ -101,6 +103,8 @@ void PinnedMemory::lock_chunk(std::size_t chunk) {
 // time. Written is what was there, in one piece, since somebody may have been here before.
 void PinnedMemory::touch(std::byte* begin, std::size_t bytes) const {
   const auto touch_part = [](std::byte* at, const std::byte* end) {
+    const auto size = static_cast<std::size_t>(end - at);
+    if (::madvise(at, size, kPopulateWrite) == 0) return;  // since Linux 5.14
     for (; at < end; at += kOsPage) {
       std::atomic_ref(reinterpret_cast<unsigned char&>(*at)).fetch_or(0, std::memory_order_relaxed);
     }

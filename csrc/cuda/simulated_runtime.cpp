@@ -286,7 +286,7 @@ int SimulatedRuntime::copy_batch(void** targets, const void** sources, std::size
 
 int SimulatedRuntime::allocate(void** memory, std::size_t bytes) {
   if (const int code = enter("cudaMalloc")) return code;
-  auto block = std::make_unique<std::byte[]>(bytes + 256);
+  auto block = std::make_unique_for_overwrite<std::byte[]>(bytes + 256);
   void* const aligned =
       reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(block.get()) + 255) / 256 * 256);
   allocations_[aligned] = std::move(block);

@@ -67,11 +67,12 @@ struct Host : HeapMemory {
 // A GPU whose runtime is simulated, its caller on one of the kinds of streams that there are.
 template <std::uintptr_t kStream, CopyMethod kMethod>
 struct Cuda : HeapMemory {
-  static constexpr std::uint64_t kSeeds = 60;
+  static constexpr std::uint64_t kSeeds = 25;
   explicit Cuda(std::uint64_t seed)
       : runtime(std::make_shared<SimulatedRuntime>(SimulatedOptions{
             .schedule = seed == 0 ? Schedule::lazy : Schedule::random, .seed = seed})),
-        machine(runtime, {.pinned = {.chunk_bytes = 4096, .ahead = seed % 2 == 1}}) {
+        machine(runtime,
+                {.pinned = {.chunk_bytes = 4096, .ahead = seed % 2 == 1}, .ring_bytes = 4096}) {
     machine.methods().always(kMethod);
     auto stream = reinterpret_cast<CudaStream>(kStream);
     if (kStream > 2) REQUIRE(runtime->create_stream(&stream) == 0);

@@ -20,10 +20,14 @@ namespace {
 constexpr int kOutOfMemory = 2;
 constexpr int kIllegalAddress = 700;
 
+// As little memory as will do: sanitizers touch all of it.
+const CudaOptions kSmall{.pinned = {.chunk_bytes = 8192, .ahead = false},
+                         .ring_bytes = 65536,
+                         .calibration_bytes = std::size_t{2} << 20};
+
 struct World {
   explicit World(Schedule schedule = Schedule::lazy, std::uint64_t seed = 0,
-                 const CudaOptions& options = {.pinned = {.chunk_bytes = 8192, .ahead = false}},
-                 bool has_batch = true)
+                 const CudaOptions& options = kSmall, bool has_batch = true)
       : runtime(std::make_shared<SimulatedRuntime>(
             SimulatedOptions{.schedule = schedule, .seed = seed}, 2, has_batch)),
         device(std::make_unique<CudaDevice>(runtime, options)) {}
@@ -337,7 +341,7 @@ TEST_CASE("the method of copying is the fastest that was measured, unless the ca
 
 TEST_CASE("calibration tries every method in both directions, and gives everything back") {
   for (const bool has_batch : {true, false}) {
-    World w(Schedule::random, 1, {}, has_batch);
+    World w(Schedule::random, 1, kSmall, has_batch);
     const std::size_t registered = w.runtime->num_registered_bytes();
     w.device->calibrate();
     CHECK(w.runtime->num_calls("transfer_blocks") == 2 * 5 * 3);

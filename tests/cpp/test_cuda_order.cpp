@@ -25,7 +25,7 @@ constexpr int kOutOfMemory = 2;
 constexpr std::size_t kChunk = 8192;
 
 struct Machine {
-  explicit Machine(CudaOptions options = {}) {
+  explicit Machine(CudaOptions options = {.ring_bytes = 65536}) {
     options.pinned = {.chunk_bytes = kChunk, .ahead = false};
     device = std::make_shared<CudaDevice>(runtime, options);
   }
