@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 import pagedkv as pk  # noqa: E402
 from hazard_world import LAYOUTS, World  # noqa: E402
 from pagedkv.testing import CudaDevice, SimulatedCuda  # noqa: E402
-from test_programs import Program  # noqa: E402
+from test_programs import Program, run_all  # noqa: E402
 
 OUT_OF_MEMORY, ILLEGAL_ADDRESS = 2, 700
 CALLS = [
@@ -88,12 +88,7 @@ class CudaProgram(Program):
 
 
 def test_random_programs_on_simulated_cuda(runs: int, first_seed: int) -> None:
-    for seed in range(first_seed, first_seed + runs):
-        try:
-            CudaProgram(seed).run()
-        except BaseException:
-            print(f"repeat with --runs=1 --first-seed={seed}")
-            raise
+    run_all(CudaProgram, runs, first_seed)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 import pagedkv as pk  # noqa: E402
 from hazard_world import LAYOUTS, World  # noqa: E402
 from pagedkv.info import collect  # noqa: E402
-from test_programs import Program  # noqa: E402
+from test_programs import Program, run_all  # noqa: E402
 
 HERE = bool(collect().cuda.devices) and torch.cuda.is_available()
 pytestmark = [
@@ -188,8 +188,7 @@ class GpuProgram(Program):
 def test_random_programs_on_a_gpu(runs: int, first_seed: int) -> None:
     before = torch.cuda.current_stream()
     try:
-        for seed in range(first_seed, first_seed + runs):
-            GpuProgram(seed).run()
+        run_all(GpuProgram, runs, first_seed)
     finally:
         torch.cuda.set_stream(before)
 

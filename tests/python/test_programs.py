@@ -155,10 +155,14 @@ class Program:
         w.read(*(i for i in w.texts if w.kv.ready([i])))
 
 
-def test_random_programs(runs: int, first_seed: int) -> None:
+def run_all(kind: type[Program], runs: int, first_seed: int) -> None:
     for seed in range(first_seed, first_seed + runs):
         try:
-            Program(seed).run()
+            kind(seed).run()
         except BaseException:
             print(f"repeat with --runs=1 --first-seed={seed}")
             raise
+
+
+def test_random_programs(runs: int, first_seed: int) -> None:
+    run_all(Program, runs, first_seed)
