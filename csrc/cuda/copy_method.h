@@ -1,5 +1,5 @@
 // How the pieces of a transfer are copied: what is fastest depends on their size and number, the
-// direction, the driver and the machine, so it is measured when a device starts.
+// direction, the driver and the machine, so all of that is measured when a device starts.
 #pragma once
 
 #include <array>
@@ -18,8 +18,10 @@ enum class CopyMethod : std::uint8_t {
   loop,    // a call for each piece
   batch,   // one call for all
   kernel,  // transfer_blocks: the GPU's cores read and write host memory
+  staged,  // transfer_blocks inside the device, and what it has collected as one (staging.h)
 };
-inline constexpr std::array kCopyMethods{CopyMethod::loop, CopyMethod::batch, CopyMethod::kernel};
+inline constexpr std::array kCopyMethods{CopyMethod::loop, CopyMethod::batch, CopyMethod::kernel,
+                                         CopyMethod::staged};
 
 const char* name(CopyMethod method);
 
@@ -27,30 +29,37 @@ enum class Direction : std::uint8_t { out, in };  // to the host, to the device
 
 class CopyMethods {
  public:
-  // Sizes that are measured; a piece counts as the largest of them that is not larger.
+  // What is measured: pieces of these sizes, so many of them. A transfer counts as the largest of
+  // each that is not larger; its pieces have their mean size.
   static constexpr std::array<std::size_t, 5> kPieceBytes{
       std::size_t{4} << 10, std::size_t{16} << 10, std::size_t{64} << 10, std::size_t{256} << 10,
       std::size_t{1} << 20};
+  static constexpr std::array<std::size_t, 3> kNumPieces{2, 16, 128};
 
   explicit CopyMethods(bool has_batch);
 
-  CopyMethod choose(Direction direction, std::span<const CopyRun> runs) const;
+  // For pieces that make up `num_host_ranges` contiguous ranges of host memory.
+  CopyMethod choose(Direction direction, std::span<const CopyRun> runs,
+                    std::size_t num_host_ranges) const;
   void always(std::optional<CopyMethod> method);  // nullopt: what was measured
 
-  // measure(method, direction, piece bytes) gives bytes per second.
-  using Measure = std::function<double(CopyMethod, Direction, std::size_t)>;
+  // measure(method, direction, piece bytes, number of pieces) gives bytes per second; pieces are
+  // neighbours in host memory. 0: not to be had, or too much to measure: then as with fewer.
+  using Measure = std::function<double(CopyMethod, Direction, std::size_t, std::size_t)>;
   void calibrate(const Measure& measure);
-  std::string table() const;  // what was measured, a line for each size
+  std::string table() const;  // what was measured, a line for each size and number
 
  private:
   struct Entry {
     std::array<double, kCopyMethods.size()> rate{};  // 0: not measured, or not to be had
     CopyMethod best;
+    CopyMethod best_apart;  // of pieces that are no neighbours, which need no staging
   };
+  using Entries = std::array<std::array<Entry, kNumPieces.size()>, kPieceBytes.size()>;
 
   bool has_batch_;
   std::optional<CopyMethod> always_;
-  std::array<std::array<Entry, kPieceBytes.size()>, 2> entries_;
+  std::array<Entries, 2> entries_;
 };
 
 }  // namespace pagedkv

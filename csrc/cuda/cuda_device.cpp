@@ -44,6 +44,7 @@ CudaDevice::CudaDevice(std::shared_ptr<CudaRuntime> runtime, const CudaOptions& 
       process_(::getpid()),
       methods_(runtime_->has_copy_batch()) {
   const Guard guard(*this);
+  check(runtime_->load_kernels(), "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   ring_ = std::make_unique<UploadRing>(*this, runtime_, options_.ring_bytes);
   transfer_ring_ = std::make_unique<UploadRing>(*this, runtime_, options_.ring_bytes);
 }
@@ -254,6 +255,12 @@ std::size_t CudaDevice::num_pageable_bytes() const {
   return sum;
 }
 
+std::size_t CudaDevice::num_ready_bytes() const {
+  std::size_t sum = 0;
+  for (const auto& memory : host_) sum += memory->num_ready_bytes();
+  return sum;
+}
+
 // -------------------------------------------------------------------------------------- closing
 
 void CudaDevice::close() {
@@ -277,6 +284,7 @@ void CudaDevice::close() {
   }
   ring_.reset();
   transfer_ring_.reset();
+  while (!staging_.empty()) free_staging(staging_.back().first);
   for (const EventState& state : events_) {
     end(runtime_->destroy_event(state.event), "cudaEventDestroy");
   }

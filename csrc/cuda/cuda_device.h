@@ -14,6 +14,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/copy_method.h"
@@ -28,7 +29,8 @@ struct CudaOptions {
   int index = 0;
   PinnedOptions pinned = {};
   std::size_t ring_bytes = std::size_t{4} << 20;
-  std::size_t calibration_bytes = std::size_t{16} << 20;  // of one measured copy
+  std::size_t calibration_bytes = std::size_t{32} << 20;  // on the device; half of it is copied
+  std::size_t staging_bytes = std::size_t{16} << 20;      // for each stream that copies through it
 };
 
 class CudaDevice final : public Device {
@@ -63,6 +65,7 @@ class CudaDevice final : public Device {
 
   int index() const { return options_.index; }
   std::size_t num_pageable_bytes() const;
+  std::size_t num_ready_bytes() const;  // of host memory, no longer to be pinned
   std::size_t num_live_events() const { return events_.size() - free_events_.size(); }
 
   // For what else is queued on this device's streams: the device made current for a while, an
@@ -109,8 +112,16 @@ class CudaDevice final : public Device {
   PinnedMemory* find_host(const std::byte* address) const;
   bool is_capturing();
   Prepared prepare(std::span<const CopyRun> runs);
-  void copy_by(CopyMethod method, CudaStream stream, std::span<const CopyRun> runs);
-  void copy_by_kernel(CudaStream stream, std::span<const CopyRun> runs);
+  bool can_batch(CudaStream stream);
+  void copy_by(CopyMethod method, CudaStream stream, Direction direction,
+               std::span<const CopyRun> sorted);
+  void copy_by_batch(CudaStream stream, std::span<const CopyRun> runs);
+  void copy_by_kernel(CudaStream stream, std::span<const CopyRun> runs, bool across_bus);
+  void copy_by_staging(CudaStream stream, Direction direction, std::span<const CopyRun> sorted);
+  std::byte* staging(CudaStream stream);
+  void free_staging(CudaStream stream);
+  double measure(CudaStream stream, std::byte* device, std::byte* host, CopyMethod method,
+                 Direction direction, std::size_t piece, std::size_t num_pieces);
   Status settle(EventState& state, int code, const char* call);
 
   const std::shared_ptr<CudaRuntime> runtime_;
@@ -119,6 +130,7 @@ class CudaDevice final : public Device {
   CudaStream stream_ = nullptr;
   std::vector<CudaStream> callers_{nullptr};  // that the caller was on since all were waited for
   std::vector<CudaStream> streams_;           // our own
+  std::vector<std::pair<CudaStream, void*>> staging_;
   std::vector<EventState> events_;
   std::vector<std::size_t> free_events_;
   std::vector<std::unique_ptr<PinnedMemory>> host_;

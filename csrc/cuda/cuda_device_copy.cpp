@@ -1,10 +1,11 @@
 // Copies: made such as CUDA takes them, by the method that is fastest here.
 #include <algorithm>
-#include <chrono>
 #include <vector>
 
 #include "cuda/cuda_device.h"
+#include "cuda/cuda_error.h"
 #include "cuda/kernels.h"
+#include "cuda/staging.h"
 
 namespace pagedkv {
 
@@ -49,13 +50,18 @@ CudaDevice::Prepared CudaDevice::prepare(std::span<const CopyRun> runs) {
 void CudaDevice::copy(Stream stream, std::span<const CopyRun> runs) {
   check_open();
   const Guard guard(*this);
-  const Prepared all = prepare(runs);
+  Prepared all = prepare(runs);
   if (all.runs.empty()) return;
-  // The kernel is for pinned memory alone: other memory of the host it cannot reach.
-  CopyMethod method = all.is_pinned ? methods_.choose(all.direction, all.runs) : CopyMethod::loop;
-  if (method == CopyMethod::batch && is_legacy(cuda(stream))) method = CopyMethod::loop;
+  sort_by_host(all.runs, all.direction);
+  // Kernels are for pinned memory alone: other memory of the host they cannot reach.
+  CopyMethod method = CopyMethod::loop;
+  if (all.is_pinned) {
+    method = methods_.choose(all.direction, all.runs, num_host_ranges(all.runs, all.direction));
+  }
+  if (method == CopyMethod::staged && staging(cuda(stream)) == nullptr) method = CopyMethod::batch;
+  if (method == CopyMethod::batch && !can_batch(cuda(stream))) method = CopyMethod::loop;
   try {
-    copy_by(method, cuda(stream), all.runs);
+    copy_by(method, cuda(stream), all.direction, all.runs);
   } catch (...) {
     // Some of the runs may be under way. Who is told that nothing was enqueued takes their memory
     // for other things, so they have to end first. A lost device runs nothing any more.
@@ -64,14 +70,26 @@ void CudaDevice::copy(Stream stream, std::span<const CopyRun> runs) {
   }
 }
 
-void CudaDevice::copy_by(CopyMethod method, CudaStream stream, std::span<const CopyRun> runs) {
-  if (method == CopyMethod::kernel) return copy_by_kernel(stream, runs);
-  if (method == CopyMethod::loop) {
-    for (const CopyRun& run : runs) {
-      check(runtime_->copy(run.target, run.source, run.bytes, stream), "cudaMemcpyAsync");
-    }
-    return;
+// CUDA refuses batched copies on the legacy default stream.
+bool CudaDevice::can_batch(CudaStream stream) {
+  return runtime_->has_copy_batch() && !is_legacy(stream);
+}
+
+void CudaDevice::copy_by(CopyMethod method, CudaStream stream, Direction direction,
+                         std::span<const CopyRun> runs) {
+  switch (method) {
+    case CopyMethod::loop:
+      for (const CopyRun& run : runs) {
+        check(runtime_->copy(run.target, run.source, run.bytes, stream), "cudaMemcpyAsync");
+      }
+      return;
+    case CopyMethod::batch: return copy_by_batch(stream, runs);
+    case CopyMethod::kernel: return copy_by_kernel(stream, runs, true);
+    case CopyMethod::staged: return copy_by_staging(stream, direction, runs);
   }
+}
+
+void CudaDevice::copy_by_batch(CudaStream stream, std::span<const CopyRun> runs) {
   std::vector<void*> targets;
   std::vector<const void*> sources;
   std::vector<std::size_t> bytes;
@@ -84,7 +102,38 @@ void CudaDevice::copy_by(CopyMethod method, CudaStream stream, std::span<const C
         "cudaMemcpyBatchAsync");
 }
 
-void CudaDevice::copy_by_kernel(CudaStream stream, std::span<const CopyRun> runs) {
+// The staging of a stream, whose order keeps its rounds apart. Null if there is no memory for it.
+std::byte* CudaDevice::staging(CudaStream stream) {
+  for (const auto& [owner, memory] : staging_) {
+    if (owner == stream) return static_cast<std::byte*>(memory);
+  }
+  void* memory = nullptr;
+  const int code = runtime_->allocate(&memory, options_.staging_bytes);
+  if (is_sticky(code)) check(code, "cudaMalloc");
+  if (code != 0) {
+    runtime_->clear_error();
+    return nullptr;
+  }
+  staging_.emplace_back(stream, memory);
+  return static_cast<std::byte*>(memory);
+}
+
+void CudaDevice::copy_by_staging(CudaStream stream, Direction direction,
+                                 std::span<const CopyRun> sorted) {
+  const auto across = [&](std::span<const CopyRun> runs) {
+    const Prepared all = prepare(runs);  // neighbours may have met over the end of a chunk
+    const bool batch = all.runs.size() > 1 && can_batch(stream);
+    copy_by(batch ? CopyMethod::batch : CopyMethod::loop, stream, direction, all.runs);
+  };
+  for (const StagedRound& round :
+       staged_rounds(sorted, direction, staging(stream), options_.staging_bytes)) {
+    if (direction == Direction::in) across(round.across);
+    copy_by_kernel(stream, round.inside, false);
+    if (direction == Direction::out) across(round.across);
+  }
+}
+
+void CudaDevice::copy_by_kernel(CudaStream stream, std::span<const CopyRun> runs, bool across_bus) {
   Alignment all;
   std::int64_t largest = 0;
   for (const CopyRun& run : runs) {
@@ -108,60 +157,10 @@ void CudaDevice::copy_by_kernel(CudaStream stream, std::span<const CopyRun> runs
       [&](std::byte* device) {
         check(runtime_->launch(TransferBlocks::make(reinterpret_cast<const TransferPiece*>(device),
                                                     static_cast<std::int64_t>(pieces.size()),
-                                                    piece_bytes, all.word_bytes()),
+                                                    piece_bytes, all.word_bytes(), across_bus),
                                stream),
               "transfer_blocks");
       });
-}
-
-void CudaDevice::calibrate() {
-  check_open();
-  const std::size_t size = options_.calibration_bytes;
-  const Guard guard(*this);
-  PinnedMemory host(runtime_, options_.index, size, {.chunk_bytes = size, .ahead = false});
-  host.lock_all();
-  void* memory = nullptr;
-  check(runtime_->allocate(&memory, size), "cudaMalloc");
-  CudaStream stream = nullptr;
-  const auto measure = [&](CopyMethod method, Direction direction, std::size_t piece) {
-    std::vector<CopyRun> runs;  // every other piece, so that no two are neighbours
-    for (std::size_t at = 0; at + piece <= size; at += 2 * piece) {
-      std::byte* const there = static_cast<std::byte*>(memory) + at;
-      std::byte* const here = host.data() + at;
-      runs.push_back(direction == Direction::out ? CopyRun{here, there, piece}
-                                                 : CopyRun{there, here, piece});
-    }
-    // What is not pinned no kernel can reach; and a method that is refused is not to be had here.
-    if (method == CopyMethod::kernel && host.num_pageable_bytes() > 0) return 0.0;
-    double best = 1e9;
-    bool refused = false;
-    for (int round = 0; round < 3 && !refused; ++round) {
-      const auto begin = std::chrono::steady_clock::now();
-      try {
-        copy_by(method, stream, runs);
-      } catch (const DeviceError&) {
-        if (!lost_.empty()) throw;
-        refused = true;
-      }
-      check(runtime_->synchronize(stream), "cudaStreamSynchronize");
-      best = std::min(
-          best, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
-    }
-    return refused ? 0.0 : static_cast<double>(runs.size() * piece) / std::max(best, 1e-9);
-  };
-  const auto give_back = [&] {
-    if (stream != nullptr && runtime_->destroy_stream(stream) != 0) runtime_->clear_error();
-    if (runtime_->free(memory) != 0) runtime_->clear_error();
-  };
-  try {
-    check(runtime_->create_stream(&stream), "cudaStreamCreateWithFlags");
-    methods_.calibrate(measure);
-  } catch (...) {
-    if (stream != nullptr) static_cast<void>(runtime_->synchronize(stream));
-    give_back();
-    throw;
-  }
-  give_back();
 }
 
 }  // namespace pagedkv

@@ -9,7 +9,7 @@ namespace {
 const char* what_to_do(int code) {
   switch (code) {
     case 2: return "free device memory, or give this cache less";
-    case 35: return "install a newer NVIDIA driver, 580 or later";
+    case 35: return "update the NVIDIA driver: this build needs a newer one (`pagedkv info` tells)";
     case 46:
     case 101: return "use a device that is free and that exists";
     case 100: return "there is no CUDA device here";

@@ -42,32 +42,29 @@ CudaPool::~CudaPool() {
 }
 
 void CudaPool::copy_blocks(std::span<const std::int32_t> copies) {
-  checks_.check_copies(copies);
   if (copies.empty()) return;
+  device_->check_open();
   const CudaDevice::Guard guard(*device_);
+  const auto launch = [&](const std::int32_t* at) {
+    const CopyBlocks kernel = CopyBlocks::make(
+        static_cast<const Region*>(regions_), static_cast<std::int32_t>(checks_.regions().size()),
+        at, static_cast<std::int32_t>(copies.size() / 3), largest_block_bytes_, word_bytes_);
+    device_->check(device_->runtime().launch(kernel, device_->stream()), "copy_blocks");
+  };
+  if (const std::int32_t* there = step_.on_device(copies.data())) return launch(there);
+  checks_.check_copies(copies);
   device_->ring().upload(
       device_->stream(), copies.size_bytes(),
       [&](std::byte* host) { std::memcpy(host, copies.data(), copies.size_bytes()); },
-      [&](std::byte* up) {
-        const CopyBlocks kernel = CopyBlocks::make(
-            static_cast<const Region*>(regions_),
-            static_cast<std::int32_t>(checks_.regions().size()),
-            reinterpret_cast<const std::int32_t*>(up), static_cast<std::int32_t>(copies.size() / 3),
-            largest_block_bytes_, word_bytes_);
-        device_->check(device_->runtime().launch(kernel, device_->stream()), "copy_blocks");
-      });
+      [&](std::byte* up) { launch(reinterpret_cast<const std::int32_t*>(up)); });
 }
 
-void CudaPool::scatter(const ScatterKv::Part* parts, int num_parts,
-                       std::span<const std::int64_t> slots) {
+// Calls launch(slots on the device): those of the step are there, others go up with the call.
+template <class Launch>
+void CudaPool::with_slots(std::span<const std::int64_t> slots, Launch&& launch) {
   if (slots.empty()) return;
   device_->check_open();
   const CudaDevice::Guard guard(*device_);
-  const auto launch = [&](const std::int64_t* at) {
-    const ScatterKv kernel = ScatterKv::make(
-        parts, num_parts, at, static_cast<std::int64_t>(slots.size()), checks_.block_size());
-    device_->check(device_->runtime().launch(kernel, device_->stream()), "scatter_kv");
-  };
   if (const std::int64_t* there = step_.on_device(slots.data())) return launch(there);
   checks_.check_slots(0, slots);
   device_->ring().upload(
@@ -76,22 +73,45 @@ void CudaPool::scatter(const ScatterKv::Part* parts, int num_parts,
       [&](std::byte* up) { launch(reinterpret_cast<const std::int64_t*>(up)); });
 }
 
+void CudaPool::scatter(const ScatterPart* parts, int num_parts,
+                       std::span<const std::int64_t> slots) {
+  with_slots(slots, [&](const std::int64_t* at) {
+    const ScatterKv kernel = ScatterKv::make(
+        parts, num_parts, at, static_cast<std::int64_t>(slots.size()), checks_.block_size());
+    device_->check(device_->runtime().launch(kernel, device_->stream()), "scatter_kv");
+  });
+}
+
+void CudaPool::write_fp8(std::size_t layer, std::span<const std::int64_t> slots,
+                         SourceType source_type, Fp8 format, const ScatterFp8::Source& k,
+                         const ScatterFp8::Source& v) {
+  const ScatterFp8::Part parts[] = {{{checks_.region(2 * layer), k.data, k.stride}, k.scale},
+                                    {{checks_.region(2 * layer + 1), v.data, v.stride}, v.scale}};
+  with_slots(slots, [&](const std::int64_t* at) {
+    const ScatterFp8 kernel =
+        ScatterFp8::make(parts, 2, source_type, format, at, static_cast<std::int64_t>(slots.size()),
+                         checks_.block_size());
+    device_->check(device_->runtime().launch(kernel, device_->stream()), "scatter_fp8");
+  });
+}
+
 void CudaPool::scatter(std::size_t region, std::span<const std::int64_t> slots,
                        const std::byte* source, std::int64_t source_stride) {
-  const ScatterKv::Part part{checks_.region(region), source, source_stride};
+  const ScatterPart part{checks_.region(region), source, source_stride};
   scatter(&part, 1, slots);
 }
 
 void CudaPool::write(std::size_t layer, std::span<const std::int64_t> slots, const std::byte* k,
                      std::int64_t k_stride, const std::byte* v, std::int64_t v_stride) {
-  const ScatterKv::Part parts[] = {{checks_.region(2 * layer), k, k_stride},
-                                   {checks_.region(2 * layer + 1), v, v_stride}};
+  const ScatterPart parts[] = {{checks_.region(2 * layer), k, k_stride},
+                               {checks_.region(2 * layer + 1), v, v_stride}};
   scatter(parts, 2, slots);
 }
 
 void CudaPool::gather(std::size_t region, const TableView& table, std::int32_t first_block,
                       std::span<const std::int32_t> num_tokens, std::int32_t num_heads,
                       std::int32_t width, std::byte* target) {
+  checks_.check_gather_shape(region, table, first_block, num_tokens, num_heads);
   if (table.num_rows == 0 || width == 0) return;
   const std::int32_t* cells = step_.on_device(table.cells);
   const std::int32_t* tokens = step_.on_device(num_tokens.data());

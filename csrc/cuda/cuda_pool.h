@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/cuda_device.h"
+#include "cuda/scatter_fp8.h"
 #include "cuda/step_memory.h"
 #include "host/host_pool.h"
 
@@ -30,13 +31,18 @@ class CudaPool final : public Pool {
                std::int64_t source_stride) override;
   void write(std::size_t layer, std::span<const std::int64_t> slots, const std::byte* k,
              std::int64_t k_stride, const std::byte* v, std::int64_t v_stride) override;
+  // write() into pools of 8-bit floats, from a wider type: stored is value / scale, rounded.
+  void write_fp8(std::size_t layer, std::span<const std::int64_t> slots, SourceType source_type,
+                 Fp8 format, const ScatterFp8::Source& k, const ScatterFp8::Source& v);
   void gather(std::size_t region, const TableView& table, std::int32_t first_block,
               std::span<const std::int32_t> num_tokens, std::int32_t num_heads, std::int32_t width,
               std::byte* target) override;
   void synchronize() override;
 
  private:
-  void scatter(const ScatterKv::Part* parts, int num_parts, std::span<const std::int64_t> slots);
+  void scatter(const ScatterPart* parts, int num_parts, std::span<const std::int64_t> slots);
+  template <class Launch>
+  void with_slots(std::span<const std::int64_t> slots, Launch&& launch);
 
   const std::shared_ptr<CudaDevice> device_;
   const HostPool checks_;  // of blocks, slots and shapes; touches no memory

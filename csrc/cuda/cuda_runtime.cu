@@ -35,9 +35,6 @@ void RealRuntime::clear_error() { static_cast<void>(cudaGetLastError()); }
 
 int RealRuntime::get_device(int* device) { return cudaGetDevice(device); }
 int RealRuntime::set_device(int device) { return cudaSetDevice(device); }
-int RealRuntime::memory_info(std::size_t* free, std::size_t* total) {
-  return cudaMemGetInfo(free, total);
-}
 
 int RealRuntime::create_stream(CudaStream* stream) {
   return cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking);

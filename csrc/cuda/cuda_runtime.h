@@ -14,7 +14,7 @@ class RealRuntime final : public CudaRuntime {
 
   int get_device(int* device) override;
   int set_device(int device) override;
-  int memory_info(std::size_t* free, std::size_t* total) override;
+  int load_kernels() override;
 
   int create_stream(CudaStream* stream) override;
   int destroy_stream(CudaStream stream) override;

@@ -54,32 +54,20 @@ struct CopyBlocks {
   }
 };
 
-// New keys or values into their slots: token t comes from source + t * source_stride.
+// New keys and values into their slots.
 struct ScatterKv {
-  struct Part {  // one for keys, one for values
-    Region region;
-    const std::byte* source;
-    std::int64_t source_stride;
-  };
-  Part parts[2];
+  ScatterPart parts[2];
   const std::int64_t* slots;
   Words words;
   Divider by_token;  // words of the larger part's token
   Divider by_parts;
   Divider by_block;  // block_size
 
-  static ScatterKv make(const Part* parts, int num_parts, const std::int64_t* slots,
+  static ScatterKv make(const ScatterPart* parts, int num_parts, const std::int64_t* slots,
                         std::int64_t num_tokens, std::int32_t block_size) {
     ScatterKv kernel{};
-    Alignment all;
-    std::int64_t largest = 0;
-    for (int p = 0; p < num_parts; ++p) {
-      kernel.parts[p] = parts[p];
-      all.with(parts[p].region).with(parts[p].source);
-      if (num_tokens > 1) all.with(parts[p].source_stride);
-      largest = std::max(largest, parts[p].region.token_bytes);
-    }
-    const int bytes = all.word_bytes();
+    std::copy_n(parts, num_parts, kernel.parts);
+    const auto [bytes, largest] = ScatterShape::of(parts, num_parts, num_tokens);
     kernel.slots = slots;
     kernel.words = {bytes, num_tokens * num_parts * (largest / bytes)};
     kernel.by_token = Divider(largest / bytes);
@@ -91,7 +79,7 @@ struct ScatterKv {
   KV_HD Move operator()(std::int64_t i) const {
     std::int64_t p = by_token.split(i);
     const std::int64_t token = by_parts.split(p);
-    const Part& part = parts[p];
+    const ScatterPart& part = parts[p];
     const std::int64_t at = i * words.bytes;
     if (at >= part.region.token_bytes) return {nullptr, nullptr};
     std::int64_t offset = slots[token];
@@ -146,7 +134,8 @@ struct GatherKv {
   }
 };
 
-// Contiguous pieces between device memory and pinned host memory, each up to `piece_bytes`.
+// Contiguous pieces, each up to `piece_bytes`: between device memory and pinned host memory, or
+// inside of device memory.
 struct TransferPiece {
   std::byte* to;
   const std::byte* from;
@@ -157,11 +146,12 @@ struct TransferBlocks {
   const TransferPiece* pieces;
   Words words;
   Divider by_piece;
+  bool across_bus;  // then few threads saturate it, and the model keeps the rest
 
   static TransferBlocks make(const TransferPiece* pieces, std::int64_t num_pieces,
-                             std::int64_t piece_bytes, int word_bytes) {
+                             std::int64_t piece_bytes, int word_bytes, bool across_bus) {
     const std::int64_t part = piece_bytes / word_bytes;
-    return {pieces, {word_bytes, part * num_pieces}, Divider(part > 0 ? part : 1)};
+    return {pieces, {word_bytes, part * num_pieces}, Divider(part > 0 ? part : 1), across_bus};
   }
 
   KV_HD Move operator()(std::int64_t i) const {

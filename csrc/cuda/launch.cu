@@ -13,7 +13,7 @@ namespace pagedkv {
 namespace {
 
 constexpr int kThreads = 256;
-// So few saturate the bus, and leave the processors to the model.
+// Of a kernel across the bus: so few saturate it.
 constexpr int kTransferThreadBlocks = 32;
 constexpr int kInFlight = 4;  // words that a thread has loaded before it stores the first
 
@@ -77,7 +77,9 @@ template <auto kFunction, class Kernel>
 int launch_grid(const Kernel& kernel, std::int64_t count, CudaStream stream) {
   int most = 0;
   if (const int code = num_side_by_side<kFunction>(&most)) return code;
-  if (std::is_same_v<Kernel, TransferBlocks>) most = std::min(most, kTransferThreadBlocks);
+  if constexpr (std::is_same_v<Kernel, TransferBlocks>) {
+    if (kernel.across_bus) most = std::min(most, kTransferThreadBlocks);
+  }
   // No more than run side by side, or fewer: the loop does the rest.
   const std::int64_t needed = (count + kThreads - 1) / kThreads;
   cudaLaunchConfig_t config{};
@@ -105,7 +107,42 @@ int launch_words(const Kernel& kernel, CudaStream stream) {
   }
 }
 
+template <class Kernel, class... Word>
+int load_for() {
+  int code = cudaSuccess, num_blocks = 0;
+  static_cast<void>(
+      (((code = num_side_by_side<move_words<Kernel, Word>>(&num_blocks)) == cudaSuccess) && ...));
+  return code;
+}
+
+// Of every word that launch_words() knows.
+template <class Kernel>
+int load_words() {
+  return load_for<Kernel, uint4, uint2, std::uint32_t, std::uint16_t, std::uint8_t>();
+}
+
 }  // namespace
+
+int RealRuntime::load_kernels() {
+  if (const int code = load_words<CopyBlocks>()) return code;
+  if (const int code = load_words<ScatterKv>()) return code;
+  if (const int code = load_words<GatherKv>()) return code;
+  if (const int code = load_words<TransferBlocks>()) return code;
+  if (const int code = load_for<UpdateTables, std::uint32_t>()) return code;
+  for (const SourceType type : {SourceType::bf16, SourceType::fp16, SourceType::fp32}) {
+    for (const int values : {1, ScatterFp8::kWide}) {
+      ScatterFp8 kernel{};
+      kernel.source_type = type;
+      kernel.values = values;
+      int num_blocks = 0;
+      const int code = kernel.dispatch([&]<class Value, int kCount>() {
+        return num_side_by_side<convert_values<Value, kCount>>(&num_blocks);
+      });
+      if (code != cudaSuccess) return code;
+    }
+  }
+  return cudaSuccess;
+}
 
 int RealRuntime::launch(const CopyBlocks& k, CudaStream stream) { return launch_words(k, stream); }
 int RealRuntime::launch(const ScatterKv& k, CudaStream stream) { return launch_words(k, stream); }

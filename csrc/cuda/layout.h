@@ -94,4 +94,30 @@ class Alignment {
   std::uint64_t bits_ = 0;
 };
 
+// One of a layer's two parts (keys, values) that new tokens are scattered into: token t comes from
+// source + t * source_stride.
+struct ScatterPart {
+  Region region;
+  const std::byte* source;
+  std::int64_t source_stride;  // in bytes
+};
+
+// What the parts of a scatter have in common. `Part` is a ScatterPart, or has one's members.
+struct ScatterShape {
+  int word_bytes;                    // the widest access that all of them allow
+  std::int64_t largest_token_bytes;  // in the pool
+
+  template <class Part>
+  static ScatterShape of(const Part* parts, int num_parts, std::int64_t num_tokens) {
+    Alignment all;
+    std::int64_t largest = 0;
+    for (int p = 0; p < num_parts; ++p) {
+      all.with(parts[p].region).with(parts[p].source);
+      if (num_tokens > 1) all.with(parts[p].source_stride);
+      if (parts[p].region.token_bytes > largest) largest = parts[p].region.token_bytes;
+    }
+    return {all.word_bytes(), largest};
+  }
+};
+
 }  // namespace pagedkv

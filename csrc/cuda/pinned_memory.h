@@ -6,6 +6,7 @@
 // to lock stays pageable: the copies are right, and slower.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <memory>
@@ -48,6 +49,10 @@ class PinnedMemory {
   void lock(const std::byte* begin, std::size_t bytes);
   void lock_all() { lock(memory_, bytes_); }
   std::size_t num_pageable_bytes() const { return pageable_bytes_; }  // that could not be locked
+  // Locked, or known not to be, from the beginning on.
+  std::size_t num_ready_bytes() const {
+    return std::min(num_ready_ * options_.chunk_bytes, bytes_);
+  }
   void leave() { memory_ = nullptr; }  // a forked child: it is the parent's
 
  private:

@@ -33,7 +33,8 @@ class CudaRuntime {
 
   virtual int get_device(int* device) = 0;
   virtual int set_device(int device) = 0;
-  virtual int memory_info(std::size_t* free, std::size_t* total) = 0;
+  // All kernels, onto the current device: a first launch would wait for what is running.
+  virtual int load_kernels() = 0;
 
   virtual int create_stream(
       CudaStream* stream) = 0;  // one that the legacy stream does not wait for

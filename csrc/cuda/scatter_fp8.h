@@ -20,12 +20,14 @@ struct alignas(sizeof(Value) * kCount < 16 ? alignof(Value) : 16) Values {
 };
 
 struct ScatterFp8 {
+  struct Source {  // of a layer's keys, or of its values
+    const std::byte* data;
+    std::int64_t stride;  // in bytes, from one token to the next
+    float scale;          // what a stored value is multiplied by to read it
+  };
   static constexpr int kWide = 16;  // values of an item, where all is aligned for it; else 1
 
-  struct Part {  // one for keys, one for values
-    Region region;
-    const std::byte* source;
-    std::int64_t source_stride;  // in bytes
+  struct Part : ScatterPart {
     float scale;
   };
   Part parts[2];
@@ -42,18 +44,12 @@ struct ScatterFp8 {
                          const std::int64_t* slots, std::int64_t num_tokens,
                          std::int32_t block_size) {
     ScatterFp8 kernel{};
-    Alignment all;
-    std::int64_t largest = 0;
-    for (int p = 0; p < num_parts; ++p) {
-      kernel.parts[p] = parts[p];
-      all.with(parts[p].region).with(parts[p].source);
-      if (num_tokens > 1) all.with(parts[p].source_stride);
-      largest = std::max(largest, parts[p].region.token_bytes);
-    }
+    std::copy_n(parts, num_parts, kernel.parts);
+    const auto [word_bytes, largest] = ScatterShape::of(parts, num_parts, num_tokens);
     kernel.slots = slots;
     kernel.source_type = source_type;
     kernel.format = format;
-    kernel.values = all.word_bytes() == kWide ? kWide : 1;
+    kernel.values = word_bytes == kWide ? kWide : 1;
     kernel.count = num_tokens * num_parts * (largest / kernel.values);
     kernel.by_token = Divider(largest / kernel.values);
     kernel.by_parts = Divider(num_parts);

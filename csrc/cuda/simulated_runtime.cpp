@@ -1,11 +1,14 @@
 #include "cuda/simulated_runtime.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <numeric>
 #include <string_view>
 #include <utility>
 
+#include "core/check.h"
+#include "core/error.h"
 #include "cuda/cuda_error.h"
 #include "cuda/kernels.h"
 #include "cuda/scatter_fp8.h"
@@ -21,6 +24,35 @@ constexpr int kInvalidHandle = 400;
 constexpr int kIllegalAddress = 700;
 constexpr int kCaptureUnsupported = 900;
 constexpr FenceSite kSite = FenceSite::transfer_after_transfer;
+
+// Calls that are counted, and can be made to fail.
+constexpr std::array<std::string_view, 27> kFunctions{"copy_blocks",
+                                                      "cudaEventCreate",
+                                                      "cudaEventDestroy",
+                                                      "cudaEventElapsedTime",
+                                                      "cudaEventQuery",
+                                                      "cudaEventRecord",
+                                                      "cudaEventSynchronize",
+                                                      "cudaFree",
+                                                      "cudaGetDevice",
+                                                      "cudaHostRegister",
+                                                      "cudaHostUnregister",
+                                                      "cudaMalloc",
+                                                      "cudaMemcpyAsync",
+                                                      "cudaMemcpyBatchAsync",
+                                                      "cudaSetDevice",
+                                                      "cudaStreamCreateWithFlags",
+                                                      "cudaStreamDestroy",
+                                                      "cudaStreamGetDevice",
+                                                      "cudaStreamIsCapturing",
+                                                      "cudaStreamSynchronize",
+                                                      "cudaStreamWaitEvent",
+                                                      "gather_kv",
+                                                      "load_kernels",
+                                                      "scatter_fp8",
+                                                      "scatter_kv",
+                                                      "transfer_blocks",
+                                                      "update_tables"};
 
 thread_local int current_device = 0;
 
@@ -46,11 +78,15 @@ SimulatedRuntime::SimulatedRuntime(const SimulatedOptions& options, int num_devi
 SimulatedRuntime::~SimulatedRuntime() = default;
 
 void SimulatedRuntime::fail(const std::string& function, int code, int k) {
+  if (std::ranges::find(kFunctions, function) == kFunctions.end()) {
+    throw InvalidSpec("function is \"" + function + "\", which is no call that is made");
+  }
   const std::lock_guard lock(mutex_);
   failures_[function] = {k, code};
 }
 
 int SimulatedRuntime::enter(const char* function) {
+  KV_CHECK(std::ranges::find(kFunctions, function) != kFunctions.end());
   const std::lock_guard lock(mutex_);
   ++num_calls_[function];
   if (!std::string_view(function).ends_with("etDevice")) ++num_calls_on_[current_device];
@@ -115,11 +151,7 @@ int SimulatedRuntime::set_device(int device) {
   return kSuccess;
 }
 
-int SimulatedRuntime::memory_info(std::size_t* free, std::size_t* total) {
-  *free = std::size_t{1} << 30;
-  *total = std::size_t{2} << 30;
-  return enter("cudaMemGetInfo");
-}
+int SimulatedRuntime::load_kernels() { return enter("load_kernels"); }
 
 // -------------------------------------------------------------------------------------- streams
 

@@ -48,7 +48,7 @@ class SimulatedRuntime final : public CudaRuntime {
   void clear_error() override {}
   int get_device(int* device) override;
   int set_device(int device) override;
-  int memory_info(std::size_t* free, std::size_t* total) override;
+  int load_kernels() override;
   int create_stream(CudaStream* stream) override;
   int destroy_stream(CudaStream stream) override;
   int synchronize(CudaStream stream) override;

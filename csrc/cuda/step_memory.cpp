@@ -20,6 +20,7 @@ std::size_t table_bytes(const StepShape& shape) {
 struct Offsets {
   std::size_t query_starts = 0;
   std::size_t seq_lens;
+  std::size_t copies;
   std::size_t input_ids;
   std::size_t slots;
   std::size_t positions;
@@ -30,17 +31,25 @@ struct Offsets {
     const auto tokens =
         static_cast<std::size_t>(std::max<std::int64_t>(num_tokens, shape.max_batch));
     seq_lens = round_up(sizeof(std::int32_t) * (batch + 1));
-    input_ids = seq_lens + round_up(sizeof(std::int32_t) * batch);
+    copies = seq_lens + round_up(sizeof(std::int32_t) * batch);
+    input_ids = copies + round_up(sizeof(BlockCopy) * batch);
     slots = input_ids + round_up(sizeof(std::int64_t) * tokens);
     positions = slots + round_up(sizeof(std::int64_t) * tokens);
     end = positions + round_up(sizeof(std::int64_t) * tokens);
   }
 };
 
+// Behind the largest step's arrays: one update for each row, and a cell for each token, which is
+// more than tables change by, as long as rows keep their sequences.
+std::size_t room_for_updates(const StepShape& shape) {
+  return round_up(static_cast<std::size_t>(shape.max_batch) * sizeof(TableCells)) +
+         round_up(static_cast<std::size_t>(shape.max_tokens) * sizeof(BlockId));
+}
+
 }  // namespace
 
 std::size_t StepMemory::bytes(const StepShape& shape) {
-  return table_bytes(shape) + Offsets(shape, shape.max_tokens).end;
+  return table_bytes(shape) + Offsets(shape, shape.max_tokens).end + room_for_updates(shape);
 }
 
 StepMemory::StepMemory(std::shared_ptr<CudaDevice> device, const StepShape& shape,
@@ -103,8 +112,21 @@ void StepMemory::upload(const StepPlan& plan) {
   list_updates(plan);
   try {
     const CudaDevice::Guard guard(*device_);
-    send_arrays(plan);
-    if (num_cells_ > 0) send_updates(plan);
+    UploadRing& ring = device_->ring();
+    const std::size_t arrays = place_arrays(plan);
+    const std::size_t updates = update_bytes();
+    const bool together = table_bytes(shape_) + arrays + updates <= bytes(shape_);
+    std::byte* const there = memory_ + table_bytes(shape_);
+    ring.send(device_->stream(), there, arrays + (together ? updates : 0), [&](std::byte* host) {
+      fill_arrays(plan, host, arrays);
+      if (together) fill_updates(plan, host + arrays);
+    });
+    if (updates > 0 && together) update_tables(there + arrays);
+    if (!together) {
+      ring.upload(
+          device_->stream(), updates, [&](std::byte* host) { fill_updates(plan, host); },
+          [&](std::byte* up) { update_tables(up); });
+    }
   } catch (...) {
     for (Placed& array : arrays_) array = {};
     forget();
@@ -113,57 +135,62 @@ void StepMemory::upload(const StepPlan& plan) {
   std::fill_n(row_is_right_.begin(), plan.batch_size, std::uint8_t{1});
 }
 
-void StepMemory::send_arrays(const StepPlan& plan) {
+// Where each array is going to be. Returns the bytes behind the tables that they take, padding too.
+std::size_t StepMemory::place_arrays(const StepPlan& plan) {
   const bool with_tokens = plan.num_tokens <= shape_.max_tokens;
   const Offsets at(shape_, with_tokens ? plan.num_tokens : 0);
   const auto batch = static_cast<std::size_t>(plan.batch_size);
-  std::byte* const arrays = memory_ + table_bytes(shape_);
   const auto put = [&](Array array, const auto* from, std::size_t count, std::size_t offset) {
-    place(array, from, arrays + offset, count * sizeof *from);
+    place(array, from, memory_ + table_bytes(shape_) + offset, count * sizeof *from);
   };
   put(Array::query_starts, plan.query_starts, batch + 1, at.query_starts);
   put(Array::seq_lens, plan.seq_lens, batch, at.seq_lens);
+  put(Array::copies, plan.copies.data(), plan.copies.size(), at.copies);
   if (with_tokens) {
     const auto tokens = static_cast<std::size_t>(plan.num_tokens);
     put(Array::slots, plan.slots, tokens, at.slots);
     put(Array::positions, plan.positions, tokens, at.positions);
     if (plan.has_tokens) put(Array::input_ids, plan.input_ids, tokens, at.input_ids);
   }
-  device_->ring().send(
-      device_->stream(), arrays, with_tokens ? at.end : at.input_ids, [&](std::byte* host) {
-        std::memset(host, 0, with_tokens ? at.end : at.input_ids);
-        auto* starts = reinterpret_cast<std::int32_t*>(host + at.query_starts);
-        std::fill_n(starts, shape_.max_batch + 1, static_cast<std::int32_t>(plan.num_tokens));
-        for (const Placed& array : arrays_) {
-          if (array.host == nullptr) continue;
-          std::memcpy(host + (array.device - arrays), array.host, array.bytes);
-        }
-      });
   const std::size_t cells = batch * static_cast<std::size_t>(plan.table_stride);
   place(Array::block_tables, plan.block_tables, tables(), cells * sizeof(BlockId));
+  return with_tokens ? at.end : at.input_ids;
 }
 
-void StepMemory::send_updates(const StepPlan& plan) {
-  const std::size_t header = round_up(updates_.size() * sizeof(TableCells));
+void StepMemory::fill_arrays(const StepPlan& plan, std::byte* host, std::size_t bytes) const {
+  std::memset(host, 0, bytes);
+  std::fill_n(reinterpret_cast<std::int32_t*>(host), shape_.max_batch + 1,  // query_starts
+              static_cast<std::int32_t>(plan.num_tokens));
+  for (const Placed& array : arrays_) {
+    if (array.bytes == 0 || array.device == tables()) continue;
+    std::memcpy(host + (array.device - memory_) - table_bytes(shape_), array.host, array.bytes);
+  }
+}
+
+std::size_t StepMemory::update_bytes() const {
+  return round_up(updates_.size() * sizeof(TableCells)) +
+         static_cast<std::size_t>(num_cells_) * sizeof(BlockId);
+}
+
+void StepMemory::fill_updates(const StepPlan& plan, std::byte* host) const {
+  const std::size_t bytes = updates_.size() * sizeof(TableCells);
+  if (bytes > 0) std::memcpy(host, updates_.data(), bytes);
+  auto* cells = reinterpret_cast<BlockId*>(host + round_up(bytes));
+  for (const TableCells& u : updates_) {
+    const BlockId* row = plan.block_tables + std::int64_t{u.row} * plan.table_stride;
+    std::copy_n(row + u.first, u.last - u.first, cells + u.start);
+  }
+}
+
+void StepMemory::update_tables(const std::byte* updates) {
   std::int64_t most = 0;
   for (const TableCells& u : updates_) most = std::max<std::int64_t>(most, u.last - u.first);
-  device_->ring().upload(
-      device_->stream(), header + static_cast<std::size_t>(num_cells_) * sizeof(std::int32_t),
-      [&](std::byte* host) {
-        std::memcpy(host, updates_.data(), updates_.size() * sizeof(TableCells));
-        auto* cells = reinterpret_cast<BlockId*>(host + header);
-        for (const TableCells& u : updates_) {
-          const BlockId* row = plan.block_tables + std::int64_t{u.row} * plan.table_stride;
-          std::copy_n(row + u.first, u.last - u.first, cells + u.start);
-        }
-      },
-      [&](std::byte* up) {
-        const UpdateTables kernel = UpdateTables::make(
-            reinterpret_cast<const TableCells*>(up), static_cast<std::int64_t>(updates_.size()),
-            most, reinterpret_cast<const std::int32_t*>(up + header),
-            reinterpret_cast<std::int32_t*>(tables()), shape_.table_stride);
-        device_->check(device_->runtime().launch(kernel, device_->stream()), "update_tables");
-      });
+  const std::byte* const cells = updates + round_up(updates_.size() * sizeof(TableCells));
+  const UpdateTables kernel = UpdateTables::make(
+      reinterpret_cast<const TableCells*>(updates), static_cast<std::int64_t>(updates_.size()),
+      most, reinterpret_cast<const std::int32_t*>(cells), reinterpret_cast<std::int32_t*>(tables()),
+      shape_.table_stride);
+  device_->check(device_->runtime().launch(kernel, device_->stream()), "update_tables");
 }
 
 }  // namespace pagedkv

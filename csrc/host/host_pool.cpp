@@ -103,13 +103,19 @@ void HostPool::scatter(std::size_t i, std::span<const std::int64_t> slots, const
   }
 }
 
-void HostPool::check_gather(std::size_t i, const TableView& table, std::int32_t first_block,
-                            std::span<const std::int32_t> num_tokens, std::int32_t num_heads,
-                            std::int32_t width) const {
+void HostPool::check_gather_shape(std::size_t i, const TableView& table, std::int32_t first_block,
+                                  std::span<const std::int32_t> num_tokens,
+                                  std::int32_t num_heads) const {
   const Region& r = region(i);
   require(num_heads > 0 && r.token_bytes % num_heads == 0, "num_heads: expected a divisor");
   require(first_block >= 0 && num_tokens.size() == static_cast<std::size_t>(table.num_rows),
           "num_tokens: expected one for each row of the table");
+}
+
+void HostPool::check_gather(std::size_t i, const TableView& table, std::int32_t first_block,
+                            std::span<const std::int32_t> num_tokens, std::int32_t num_heads,
+                            std::int32_t width) const {
+  check_gather_shape(i, table, first_block, num_tokens, num_heads);
   for (std::int32_t b = 0; b < table.num_rows; ++b) {
     const std::int64_t tokens = num_tokens[static_cast<std::size_t>(b)];
     const std::int64_t last = first_block + (tokens + block_size_ - 1) / block_size_;

@@ -30,6 +30,8 @@ class HostPool final : public Pool {
   const Region& region(std::size_t i) const;
   void check_copies(std::span<const std::int32_t> copies) const;
   void check_slots(std::size_t region, std::span<const std::int64_t> slots) const;
+  void check_gather_shape(std::size_t region, const TableView& table, std::int32_t first_block,
+                          std::span<const std::int32_t> num_tokens, std::int32_t num_heads) const;
   void check_gather(std::size_t region, const TableView& table, std::int32_t first_block,
                     std::span<const std::int32_t> num_tokens, std::int32_t num_heads,
                     std::int32_t width) const;

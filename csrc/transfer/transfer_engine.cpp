@@ -16,19 +16,18 @@ std::string text(TransferId id) { return std::to_string(static_cast<std::int64_t
 TransferEngine::TransferEngine(std::shared_ptr<Device> device, std::vector<BlockRegion> regions,
                                const EngineOptions& options)
     : device_(std::move(device)), device_regions_(std::move(regions)), options_(options) {
-  const std::int64_t num_blocks = std::int64_t{options_.num_host_blocks} + 1;
-  std::size_t bytes = 0;
-  for (const BlockRegion& region : device_regions_) {
-    bytes += static_cast<std::size_t>(num_blocks * region.block_bytes);
-  }
+  std::int64_t block_bytes = 0;
+  for (const BlockRegion& region : device_regions_) block_bytes += region.block_bytes;
+  const auto bytes =
+      static_cast<std::size_t>((std::int64_t{options_.num_host_blocks} + 1) * block_bytes);
   out_ = device_->make_stream();
   in_ = device_->make_stream();
   host_ = device_->allocate_host(bytes);
   host_bytes_ = bytes;
   std::byte* base = host_;
   for (const BlockRegion& region : device_regions_) {
-    host_regions_.push_back({base, region.block_bytes, region.block_bytes});
-    base += num_blocks * region.block_bytes;
+    host_regions_.push_back({base, block_bytes, region.block_bytes});
+    base += region.block_bytes;
   }
 }
 

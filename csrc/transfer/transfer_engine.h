@@ -24,7 +24,8 @@
 namespace pagedkv {
 
 // One tensor's share of every block of the device tier, a contiguous run of `block_bytes` at
-// base + block * block_stride. The host tier has the same regions, each dense.
+// base + block * block_stride. The host tier has the same regions, one behind the other in every
+// block.
 struct BlockRegion {
   std::byte* base;
   std::int64_t block_stride;

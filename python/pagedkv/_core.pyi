@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 _Buffer = Any
 _Int32 = NDArray[np.int32]
 _Int64 = NDArray[np.int64]
-
+_Rows = tuple[int, int, float]
 __version__: str
 __compiler__: str
 
@@ -501,35 +501,31 @@ class CudaRuntime(_Object):
 
 @final
 class CudaDevice(Device):
-    """A GPU: copies run on its own streams, steps on the caller's.
+    """The GPU of this index: copies run on its own streams, steps on the caller's.
 
     Args:
-        index: of the device, as CUDA counts.
-        copy_method: how pieces are copied between the tiers: "loop", "batch" or "kernel"; "auto"
-            is what was measured.
-        calibrate: measure now, which takes a fraction of a second.
+        copy_method: how pieces are copied between the tiers: "loop", "batch", "kernel" or
+            "staged"; "auto" is what was measured.
 
     Raises DeviceError, which names the call of CUDA that failed and what to do.
     """
 
     def __init__(
-        self,
-        runtime: CudaRuntime,
-        index: int = 0,
-        *,
-        copy_method: str = "auto",
-        calibrate: bool = False,
+        self, runtime: CudaRuntime, index: int = 0, *, copy_method: str = "auto"
     ) -> None: ...
     def use_stream(self, stream: int) -> None:
         """CUDA's handle of the stream that the caller's work is queued on from now on."""
     def calibrate(self) -> None:
         """Measure the methods of copying, which takes a fraction of a second."""
     def copy_methods(self) -> str:
-        """What was measured, by direction and size of the pieces, and what is used."""
+        """What was measured, by direction, size and number of pieces, and what is used."""
     @property
     def index(self) -> int: ...
     @property
     def is_simulated(self) -> bool: ...
+    @property
+    def num_ready_bytes(self) -> int:
+        """Of the host tier, pinned by now, or refused by the system."""
     @property
     def num_pageable_bytes(self) -> int:
         """Of the host tier, that the system refused to pin: their copies are slower."""
@@ -560,6 +556,10 @@ class CudaPool(Pool):
     ) -> None: ...
     @staticmethod
     def step_bytes(max_batch: int, max_tokens: int, table_stride: int) -> int: ...
+    def write_fp8(
+        self, layer: int, slots: _Int64, dtype: str, format: str, k: _Rows, v: _Rows
+    ) -> None:
+        """write() of wider floats into a pool of 8-bit ones. Rows: address, stride, scale."""
     def address(self, array: str) -> int | None:
         """Where an array of the last step is on the device; None if it stayed on the host."""
 

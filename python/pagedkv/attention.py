@@ -59,7 +59,8 @@ def attend(
         raise InvalidSpec(
             f"q has {q.shape[1]} heads, expected a multiple of {spec.num_kv_heads} KV heads"
         )
-    scale = spec.k_dim**-0.5 if scale is None else scale
+    k_scale, v_scale = kv.scales[layer]  # of what is stored: q @ (k * s) == (q @ k) * s
+    scale = (spec.k_dim**-0.5 if scale is None else scale) * k_scale
     out = q.new_empty(q.shape[0], q.shape[1], spec.v_dim)
     starts, lens = plan.query_starts, plan.seq_lens
     one_each = plan.num_tokens == plan.batch_size
@@ -80,7 +81,7 @@ def attend(
             k, v = kv.gather_blocks(layer, plan.block_tables[first:last], 0, lens[first:last])
             found = _dense(queries, k, v, scale, softcap, mask)
         out[rows] = found.transpose(1, 2).flatten(0, 1)
-    return out
+    return out if v_scale == 1 else out.mul_(v_scale)
 
 
 def _causal_mask(

@@ -6,7 +6,7 @@ import atexit
 import math
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +18,7 @@ except ImportError as error:  # the control plane works without; this does not
 from pagedkv import attention
 from pagedkv._core import BlockManager, CudaDevice, Device, StepPlan, TransferEngine
 from pagedkv.errors import ConcurrentUse, InvalidSpec, InvalidState, KVError
+from pagedkv.fp8 import check_scales
 from pagedkv.layout import DevicePool, Layout
 from pagedkv.machine import Machine, machine_for
 from pagedkv.preemption import CostModel, swap_or_recompute
@@ -26,6 +27,7 @@ from pagedkv.spec import KVSpec
 from pagedkv.step import Step
 from pagedkv.transfers import GONE, Transfers
 from pagedkv.units import parse_bytes
+from pagedkv.writes import check_source
 
 __all__ = ["KVCache"]
 
@@ -46,8 +48,11 @@ class KVCache(Sequences):
         max_batch: most sequences in one step.
         max_model_len: most tokens in one sequence; by default what the pool holds.
         watermark: blocks that a sequence's first append must leave available.
-        copy_method: how blocks in pieces are copied on a GPU: "loop", "batch" or "kernel"; "auto"
-            measures when the cache is made, if it has a host tier. See `kv.copy_methods()`.
+        copy_method: how blocks in pieces are copied on a GPU: "loop", "batch", "kernel" or
+            "staged"; "auto" measures when the cache is made, if it has a host tier. See
+            `kv.copy_methods()`.
+        scales: per layer (k_scale, v_scale), for layers stored as float8: a stored value is the
+            real one / scale, and attention() multiplies by it. By default 1.0.
         layout: "block_major" [N, L, 2, P, H, D], where one block is one contiguous run, or
             "layer_major" [L, 2, N, P, H, D], where one layer is. N counts padding block 0.
         prefill_rate: tokens per second that the model prefills: what preempt() in mode "auto"
@@ -75,11 +80,13 @@ class KVCache(Sequences):
         max_model_len: int | None = None,
         watermark: int = 0,
         copy_method: str = "auto",
+        scales: Sequence[tuple[float, float]] | None = None,
         layout: Layout = "block_major",
         prefill_rate: float | None = None,
         cost_model: CostModel = swap_or_recompute,
     ) -> None:
         self.layout = layout
+        self.scales = check_scales(scales, spec)
         machine = self.machine = machine_for(device, copy_method)
         self.device = machine.device
         if isinstance(device_memory, float):
@@ -158,43 +165,24 @@ class KVCache(Sequences):
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         """Scatter the new tokens' keys [T, H, k_dim] and values [T, H, v_dim] into step.slots.
 
-        Other float types than the layer's are converted. Raises InvalidSpec for a wrong shape or
-        device, InvalidState if `step` is not this cache's open one.
+        Other float types than the layer's are converted; into float8 as value / scale, where what
+        is too large becomes the largest. What is float8 already is stored as it is.
+
+        Raises InvalidSpec for a wrong shape or device, InvalidState if `step` is not this cache's
+        open one.
         """
         self._require(step)
-        slots, pools, ready = step.plan.slots, self._pools(layer), []
-        for i, source in enumerate((k, v)):
-            pool = pools[i]
-            if not isinstance(source, torch.Tensor) or not source.is_floating_point():
-                kind = getattr(source, "dtype", type(source).__name__)
-                raise InvalidSpec(f"{'kv'[i]} is {kind}, expected a tensor of floats")
-            if source.shape != (len(slots), *pool.shape[2:]) or source.device != pool.device:
-                raise InvalidSpec(
-                    f"{'kv'[i]} is {list(source.shape)} on {source.device}, expected "
-                    f"{[len(slots), *pool.shape[2:]]} on {pool.device}"
-                )
-            rows = source.detach()
-            if rows.dtype != pool.dtype:
-                rows = rows.to(pool.dtype)
-            if rows.stride(2) != 1 or rows.stride(1) != rows.shape[2]:
-                rows = rows.contiguous()
-            ready.append(rows)
-        keys, values = ready
+        slots, pools = step.plan.slots, self._pools(layer)
+        check_source(k, "k", pools[0], len(slots))
+        check_source(v, "v", pools[1], len(slots))
         self._follow()
-        self._pool.write(
-            layer,
-            slots,
-            keys.data_ptr(),
-            keys.stride(0) * keys.element_size(),
-            values.data_ptr(),
-            values.stride(0) * values.element_size(),
-        )
-        self.machine.hold(keys, values)
+        self.machine.write(self._pool, layer, slots, k, v, pools[0].dtype, self.scales[layer])
 
     def gather(self, layer: int, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of whole sequences, [B, H, max(seq_lens), dim], zeros past each length.
 
-        Views of a workspace that the next gather overwrites, whatever its layer.
+        As they are stored: the real ones are `scales[layer]` times that. Views of a workspace that
+        the next gather overwrites, whatever its layer.
         """
         plan = step.plan
         return self.gather_blocks(layer, plan.block_tables, 0, plan.seq_lens)

@@ -22,12 +22,16 @@ from pagedkv._core import (
     StepPlan,
 )
 from pagedkv.errors import DeviceError, InvalidSpec
+from pagedkv.fp8 import is_fp8
 from pagedkv.units import format_bytes
+from pagedkv.writes import as_stored, rows
 
 if TYPE_CHECKING:
     from pagedkv.layout import DevicePool
 
 __all__ = ["Machine", "machine_for"]
+
+_TO_FP8 = (torch.bfloat16, torch.float16, torch.float32)  # what the kernel converts
 
 # Steps of more new tokens than that have their slots, positions and ids uploaded with each use.
 MAX_STEP_TOKENS = 8192
@@ -63,6 +67,21 @@ class Machine:
     def is_capturing(self) -> bool:
         """Whether the caller's stream is being captured into a graph: nothing runs on it now."""
         return False
+
+    def write(
+        self,
+        pool: Pool,
+        layer: int,
+        slots: np.ndarray[Any, Any],
+        k: torch.Tensor,
+        v: torch.Tensor,
+        dtype: torch.dtype,
+        scales: tuple[float, float],
+    ) -> None:
+        """Scatter a layer's new keys and values into `pool`, whose elements are `dtype`."""
+        k, v = (rows(as_stored(t, dtype, s)) for t, s in zip((k, v), scales, strict=True))
+        pool.write(layer, slots, *_address(k), *_address(v))
+        self.hold(k, v)
 
     def hold(self, *tensors: torch.Tensor) -> None:
         """Keep what queued work reads, where nobody else does."""
@@ -155,6 +174,24 @@ class CudaMachine(Machine):
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
+    def write(
+        self,
+        pool: Pool,
+        layer: int,
+        slots: np.ndarray[Any, Any],
+        k: torch.Tensor,
+        v: torch.Tensor,
+        dtype: torch.dtype,
+        scales: tuple[float, float],
+    ) -> None:
+        if not is_fp8(dtype) or k.dtype != v.dtype or k.dtype not in _TO_FP8:
+            return super().write(pool, layer, slots, k, v, dtype, scales)
+        k, v = rows(k), rows(v)
+        types = str(k.dtype).removeprefix("torch."), str(dtype).removeprefix("torch.")
+        at = (*_address(k), scales[0]), (*_address(v), scales[1])
+        self._pool.write_fp8(layer, slots, *types, *at)
+        return self.hold(k, v)
+
     def warn(self) -> None:
         num_bytes = self._gpu.num_pageable_bytes
         if num_bytes and not self._warned:
@@ -217,6 +254,11 @@ class SimulatedCudaMachine(CudaMachine):
     def step_tensor(self, plan: StepPlan, name: str) -> torch.Tensor:
         self.land()
         return super().step_tensor(plan, name)
+
+
+def _address(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where the first token is, and how far each is from the one before, in bytes."""
+    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
 
 
 def machine_for(device: str | torch.device | Device, copy_method: str = "auto") -> Machine:

@@ -23,7 +23,8 @@ constexpr int kIllegalAddress = 700;
 // As little memory as will do: sanitizers touch all of it.
 const CudaOptions kSmall{.pinned = {.chunk_bytes = 8192, .ahead = false},
                          .ring_bytes = 65536,
-                         .calibration_bytes = std::size_t{2} << 20};
+                         .calibration_bytes = std::size_t{2} << 20,
+                         .staging_bytes = 4096};
 
 struct World {
   explicit World(Schedule schedule = Schedule::lazy, std::uint64_t seed = 0,
@@ -65,7 +66,7 @@ TEST_CASE("an error names the call, CUDA's words and what to do") {
   for (const auto& [function, code, advice] :
        std::vector<std::tuple<const char*, int, const char*>>{
            {"cudaStreamCreateWithFlags", kOutOfMemory, "free device memory"},
-           {"cudaStreamCreateWithFlags", 35, "580 or later"},
+           {"cudaStreamCreateWithFlags", 35, "update the NVIDIA driver"},
            {"cudaStreamCreateWithFlags", 100, "no CUDA device"},
            {"cudaStreamCreateWithFlags", 400, "another device's"}}) {
     w.runtime->fail(function, code);
@@ -310,42 +311,39 @@ TEST_CASE("a kernel copies only where all memory is locked") {
   }
 }
 
-TEST_CASE("the method of copying is the fastest that was measured, unless the caller says which") {
-  CopyMethods methods(true);
-  const std::vector<CopyRun> small(8, {nullptr, nullptr, 5000}),
-      large(8, {nullptr, nullptr, 3 << 20});
-  CHECK(methods.choose(Direction::out, small) == CopyMethod::batch);
-  methods.calibrate([](CopyMethod method, Direction direction, std::size_t piece) {
-    if (method == CopyMethod::kernel)
-      return direction == Direction::out && piece < 65536 ? 30e9 : 1e9;
-    return method == CopyMethod::batch ? 20e9 : piece > 65536 ? 25e9 : 2e9;
-  });
-  CHECK(methods.choose(Direction::out, small) == CopyMethod::kernel);
-  CHECK(methods.choose(Direction::in, small) == CopyMethod::batch);
-  CHECK(methods.choose(Direction::in, large) == CopyMethod::loop);
-  CHECK(methods.choose(Direction::out, {small.data(), 1}) == CopyMethod::loop);
-  CHECK(contains(methods.table(), "kernel"));
-  methods.always(CopyMethod::batch);
-  CHECK(methods.choose(Direction::out, large) == CopyMethod::batch);
-  methods.always(std::nullopt);
-  CHECK(methods.choose(Direction::out, small) == CopyMethod::kernel);
-
-  CopyMethods old(false);
-  CHECK(old.choose(Direction::in, small) == CopyMethod::loop);
-  CHECK_THROWS_AS(old.always(CopyMethod::batch), InvalidSpec);
-  old.calibrate([](CopyMethod method, Direction, std::size_t) {
-    REQUIRE(method != CopyMethod::batch);
-    return 1e9;
-  });
+TEST_CASE("where there is no memory for staging, copies go without") {
+  World w;
+  w.device->methods().always(CopyMethod::staged);
+  std::byte* const host = w.device->allocate_host(4096);
+  std::vector<std::byte> memory(4096, std::byte{7});
+  const Stream stream = w.device->make_stream();
+  const std::vector<CopyRun> runs{{host, memory.data() + 1024, 512},
+                                  {host + 512, memory.data(), 512}};
+  const auto copied = [&] {
+    w.device->copy(stream, runs);
+    const Event end = w.device->record(stream);
+    CHECK(w.device->wait(end) == Status::done);
+    w.device->recycle(end);
+    return w.runtime->num_calls("transfer_blocks");
+  };
+  w.runtime->fail("cudaMalloc", kOutOfMemory);
+  CHECK(copied() == 0);
+  CHECK(copied() == 1);
+  CHECK(host[1023] == std::byte{7});
+  w.device->free_host(host, 4096);
+  w.check_nothing_left();
 }
 
 TEST_CASE("calibration tries every method in both directions, and gives everything back") {
   for (const bool has_batch : {true, false}) {
-    World w(Schedule::random, 1, kSmall, has_batch);
+    CudaOptions options = kSmall;
+    options.staging_bytes = options.calibration_bytes;  // so that a round is enough
+    World w(Schedule::random, 1, options, has_batch);
+    constexpr int kMeasured = 2 * 8 * 3;  // directions, sizes and numbers that fit, rounds
     const std::size_t registered = w.runtime->num_registered_bytes();
     w.device->calibrate();
-    CHECK(w.runtime->num_calls("transfer_blocks") == 2 * 5 * 3);
-    CHECK(w.runtime->num_calls("cudaMemcpyBatchAsync") == (has_batch ? 2 * 5 * 3 : 0));
+    CHECK(w.runtime->num_calls("transfer_blocks") == 2 * kMeasured);  // direct, and staged
+    CHECK(w.runtime->num_calls("cudaMemcpyBatchAsync") == (has_batch ? kMeasured : 0));
     CHECK(w.runtime->num_registered_bytes() == registered);
     w.runtime->fail("cudaMalloc", kOutOfMemory);
     CHECK(contains(message([&] { w.device->calibrate(); }), "cudaMalloc"));

@@ -153,11 +153,11 @@ TEST_CASE("addresses go past 2^31 elements") {
   const std::int64_t block = 3'000'000;  // 6 TB further on
   CHECK(token_address(region, block, 5) == base + (block << 21) + 5 * 2048);
   const std::int64_t slot = block * 16 + 5;
-  const ScatterKv::Part part{region, base, 2048};
+  const ScatterPart part{region, base, 2048};
   const ScatterKv scatter = ScatterKv::make(&part, 1, &slot, 1, 16);
   CHECK(scatter(127).to == base + (block << 21) + 5 * 2048 + 127 * 16);
   const TransferPiece piece{base, base + 1, std::int64_t{1} << 36};
-  const TransferBlocks transfer = TransferBlocks::make(&piece, 1, piece.bytes, 16);
+  const TransferBlocks transfer = TransferBlocks::make(&piece, 1, piece.bytes, 16, true);
   CHECK(transfer(transfer.words.count - 1).to == base + piece.bytes - 16);
 }
 
@@ -189,7 +189,7 @@ TEST_CASE("scatter_kv writes what the host pool writes, keys and values at once"
         std::ranges::shuffle(slots, random);
         slots.resize(random() % slots.size());
         std::vector<std::vector<std::byte>> sources;
-        std::vector<ScatterKv::Part> parts;
+        std::vector<ScatterPart> parts;
         for (std::size_t p = 0; p < num_parts; ++p) {
           const std::int64_t stride = mine[r + p].token_bytes + padding;
           sources.push_back(noise(slots.size() * static_cast<std::size_t>(stride) + 1, random));
@@ -247,12 +247,12 @@ TEST_CASE("transfer_blocks moves pieces of any length") {
         std::memcpy(expected.data() + at, piece.from, static_cast<std::size_t>(piece.bytes));
       }
       run(TransferBlocks::make(pieces.data(), static_cast<std::int64_t>(pieces.size()), piece_bytes,
-                               bytes),
+                               bytes, pieces.size() % 2 == 0),
           random);
       CHECK(to == expected);
     }
   }
-  CHECK(TransferBlocks::make(nullptr, 0, 0, 16).words.count == 0);
+  CHECK(TransferBlocks::make(nullptr, 0, 0, 16, true).words.count == 0);
 }
 
 TEST_CASE("update_tables writes the cells that changed, and no other") {

@@ -91,6 +91,7 @@ void compare(const StepMemory& step, const StepPlan& plan) {
   const auto tokens = static_cast<std::size_t>(plan.num_tokens);
   CHECK(same(Array::query_starts, plan.query_starts, batch + 1));
   CHECK(same(Array::seq_lens, plan.seq_lens, batch));
+  if (!plan.copies.empty()) CHECK(same(Array::copies, plan.copies.data(), plan.copies.size()));
   if (plan.num_tokens <= kShape.max_tokens) {
     CHECK(same(Array::slots, plan.slots, tokens));
     CHECK(same(Array::positions, plan.positions, tokens));
@@ -183,6 +184,38 @@ TEST_CASE("what is outside the pool is refused before anything is queued") {
   CHECK(w.runtime->num_calls("scatter_kv") == 0);
   CHECK(w.runtime->num_calls("copy_blocks") == 0);
   CHECK(w.runtime->num_calls("gather_kv") == 0);
+  w.check_nothing_left();
+}
+
+TEST_CASE("a step goes up in one copy: its arrays, its copies and the changes of its tables") {
+  World w(1);
+  BlockManager manager({.num_device_blocks = 60,
+                        .block_size = kBlockSize,
+                        .max_batch = kShape.max_batch,
+                        .max_model_len = kShape.table_stride * kBlockSize});
+  std::vector<SequenceId> ids{manager.create_anonymous()};
+  std::vector<SequenceId> forked(3);
+  std::int64_t num_copies = 0, num_updates = 0;
+  for (int turn = 0; turn < 12; ++turn) {
+    if (turn == 2) {
+      manager.fork(ids[0], forked);
+      ids = forked;
+    }
+    const StepPlan& plan = manager.append(ids, std::vector<Token>(ids.size()), true,
+                                          std::vector<std::int64_t>(ids.size(), 1));
+    const std::int64_t before = w.runtime->num_calls("cudaMemcpyAsync");
+    w.pool->begin_step(plan);
+    if (!plan.copies.empty()) {
+      w.pool->copy_blocks(
+          {reinterpret_cast<const std::int32_t*>(plan.copies.data()), plan.copies.size() * 3});
+    }
+    CHECK(w.runtime->num_calls("cudaMemcpyAsync") == before + 1);
+    num_copies += static_cast<std::int64_t>(plan.copies.size());
+    num_updates += static_cast<std::int64_t>(plan.table_updates.size());
+    manager.commit(plan.step, {}, false);
+  }
+  CHECK(num_copies == 2);
+  CHECK(num_updates > 6);
   w.check_nothing_left();
 }
 

@@ -103,9 +103,9 @@ struct Scene {
       sources[p].resize(slots.size() * static_cast<std::size_t>(row) * sizeof(Value));
       for (std::byte& b : sources[p]) b = static_cast<std::byte>(random());
       const float scale = p == 0 ? 0.5f : 3.0f;
-      parts[p] = {{base + (p == 0 ? 0 : heads[0] * block_size), stride, heads[p]},
-                  sources[p].data(),
-                  row * static_cast<std::int64_t>(sizeof(Value)),
+      parts[p] = {{{base + (p == 0 ? 0 : heads[0] * block_size), stride, heads[p]},
+                   sources[p].data(),
+                   row * static_cast<std::int64_t>(sizeof(Value))},
                   scale};
       for (std::size_t t = 0; t < slots.size(); ++t) {
         std::byte* const to = expected.data() + (parts[p].region.base - memory.data()) +
@@ -187,7 +187,7 @@ TEST_CASE("scatter_fp8 writes the rounded values into their slots, and nothing e
 }
 
 TEST_CASE("scatter_fp8 without tokens has nothing to do") {
-  const ScatterFp8::Part part{{nullptr, 64, 64}, nullptr, 128, 1.0f};
+  const ScatterFp8::Part part{{{nullptr, 64, 64}, nullptr, 128}, 1.0f};
   CHECK(ScatterFp8::make(&part, 1, SourceType::bf16, Fp8::e4m3, nullptr, 0, 1).count == 0);
 }
 
@@ -196,8 +196,8 @@ TEST_CASE("scatter_fp8 is launched like any kernel, and waits for its turn") {
   const float source = 1.0f;
   const std::int64_t slot = 2;
   std::array<std::byte, 4> pool{};
-  const ScatterFp8::Part part{
-      {pool.data(), 1, 1}, reinterpret_cast<const std::byte*>(&source), 4, 2.0f};
+  const ScatterFp8::Part part{{{pool.data(), 1, 1}, reinterpret_cast<const std::byte*>(&source), 4},
+                              2.0f};
   CudaStream stream = nullptr;
   REQUIRE(runtime.create_stream(&stream) == 0);
   const ScatterFp8 kernel = ScatterFp8::make(&part, 1, SourceType::fp32, Fp8::e4m3, &slot, 1, 1);

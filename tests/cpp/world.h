@@ -48,7 +48,7 @@ class World {
       auto runtime = std::make_shared<SimulatedRuntime>(simulated);
       device_ = {runtime, &runtime->machine()};
       device = gpu_ = std::make_shared<CudaDevice>(runtime, cuda_options());
-      gpu_->methods().always(kCopyMethods[static_cast<std::size_t>(below(3))]);
+      gpu_->methods().always(kCopyMethods[static_cast<std::size_t>(below(4))]);
     } else {
       device = device_ = std::make_shared<SimulatedDevice>(simulated);
     }
@@ -63,7 +63,9 @@ class World {
 
   // Small, so that the ring wraps and chunks end within a region.
   static CudaOptions cuda_options() {
-    return {.pinned = {.chunk_bytes = 4096, .num_touching = 1, .ahead = false}, .ring_bytes = 512};
+    return {.pinned = {.chunk_bytes = 4096, .num_touching = 1, .ahead = false},
+            .ring_bytes = 512,
+            .staging_bytes = 100};
   }
 
   // The caller goes on with one of the two streams that both kinds of machine have.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
+from importlib.util import find_spec
 
 # The models here are tiny: more threads gain nothing, and cost tenfold where the cores are shared,
 # as they wait for each other spinning. Read when torch is first imported.
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from bad import Here
+from pagedkv.info import collect
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,6 +32,21 @@ def pytest_configure(config: pytest.Config) -> None:
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     settings.load_profile("runs")
+
+
+def has_gpu() -> bool:
+    if find_spec("torch") is None or not collect().cuda.devices:
+        return False
+    return bool(import_module("torch").cuda.is_available())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if has_gpu():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device, or built without _cuda")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(skip)
 
 
 @pytest.fixture

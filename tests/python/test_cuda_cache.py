@@ -27,7 +27,7 @@ CALLS = [
     "update_tables",
     "cudaSetDevice",
 ]
-METHODS = ["loop", "batch", "kernel"]
+METHODS = ["loop", "batch", "kernel", "staged"]
 
 
 class CudaWorld(World):
@@ -219,11 +219,15 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is() -> None:
 
 def test_copies_are_measured_and_shown() -> None:
     cuda = SimulatedCuda(schedule="eager")
-    with World(device=CudaDevice(cuda, calibrate=True)) as w:
+    device = CudaDevice(cuda)
+    device.calibrate()
+    with World(device=device) as w:
         table = w.kv.copy_methods()
-        assert table.count("out ") == table.count("in ") == 5
+        assert table.count("out ") == table.count("in ") == 15
     with pytest.raises(pk.InvalidSpec, match="copy_method"):
         CudaDevice(cuda, copy_method="fast")
+    with pytest.raises(pk.InvalidSpec, match="no call that is made"):
+        cuda.fail("cudaMemcpy", OUT_OF_MEMORY)
     with pytest.raises(pk.InvalidSpec, match="batch"):
         CudaDevice(SimulatedCuda(has_batch=False), copy_method="batch")
 

@@ -13,15 +13,10 @@ torch = pytest.importorskip("torch")
 
 import pagedkv as pk  # noqa: E402
 from hazard_world import LAYOUTS, World  # noqa: E402
-from pagedkv.info import collect  # noqa: E402
 from test_programs import Program, run_all  # noqa: E402
 
-HERE = bool(collect().cuda.devices) and torch.cuda.is_available()
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not HERE, reason="no CUDA device, or built without _cuda"),
-]
-METHODS = ["loop", "batch", "kernel"]
+pytestmark = pytest.mark.gpu
+METHODS = ["loop", "batch", "kernel", "staged"]
 SPIN = 20_000_000  # cycles: about 10 ms
 
 

@@ -1,0 +1,81 @@
+// Copying is measured when a device starts, by every method, in both directions.
+#include <algorithm>
+#include <chrono>
+#include <vector>
+
+#include "cuda/cuda_device.h"
+
+namespace pagedkv {
+
+// Pieces as a pool in layers has them: apart on the device, neighbours in host memory. The runs are
+// sorted by host address.
+double CudaDevice::measure(CudaStream stream, std::byte* device, std::byte* host, CopyMethod method,
+                           Direction direction, std::size_t piece, std::size_t num_pieces) {
+  std::vector<CopyRun> runs;
+  for (std::size_t i = 0; i < num_pieces; ++i) {
+    std::byte* const there = device + 2 * i * piece;
+    std::byte* const here = host + i * piece;
+    runs.push_back(direction == Direction::out ? CopyRun{here, there, piece}
+                                               : CopyRun{there, here, piece});
+  }
+  using Clock = std::chrono::steady_clock;
+  double best = 1e9;
+  for (int round = 0; round < 3; ++round) {
+    const auto begin = Clock::now();
+    bool refused = false;
+    try {
+      copy_by(method, stream, direction, runs);
+    } catch (const DeviceError&) {
+      if (!lost_.empty()) throw;
+      refused = true;  // a method that is refused is not to be had here
+    }
+    check(runtime_->synchronize(stream), "cudaStreamSynchronize");
+    if (refused) return 0;
+    best = std::min(best, std::chrono::duration<double>(Clock::now() - begin).count());
+  }
+  return static_cast<double>(num_pieces * piece) / std::max(best, 1e-9);
+}
+
+void CudaDevice::calibrate() {
+  check_open();
+  const std::size_t size = options_.calibration_bytes;
+  const Guard guard(*this);
+  PinnedMemory host(runtime_, options_.index, size, {.chunk_bytes = size, .ahead = false});
+  host.lock_all();
+  void* memory = nullptr;
+  check(runtime_->allocate(&memory, size), "cudaMalloc");
+  CudaStream stream = nullptr;
+  const auto measured = [&](CopyMethod method, Direction direction, std::size_t piece,
+                            std::size_t num_pieces) {
+    if (2 * piece * num_pieces > size) return 0.0;
+    const bool launches = method == CopyMethod::kernel || method == CopyMethod::staged;
+    if (launches && host.num_pageable_bytes() > 0) return 0.0;  // as copy() uses them
+    if (method == CopyMethod::staged && staging(stream) == nullptr) return 0.0;
+    return measure(stream, static_cast<std::byte*>(memory), host.data(), method, direction, piece,
+                   num_pieces);
+  };
+  const auto give_back = [&] {
+    free_staging(stream);
+    if (stream != nullptr && runtime_->destroy_stream(stream) != 0) runtime_->clear_error();
+    if (runtime_->free(memory) != 0) runtime_->clear_error();
+  };
+  try {
+    check(runtime_->create_stream(&stream), "cudaStreamCreateWithFlags");
+    methods_.calibrate(measured);
+  } catch (...) {
+    if (stream != nullptr) static_cast<void>(runtime_->synchronize(stream));
+    give_back();
+    throw;
+  }
+  give_back();
+}
+
+void CudaDevice::free_staging(CudaStream stream) {
+  std::erase_if(staging_, [&](const auto& entry) {
+    if (entry.first != stream) return false;
+    if (runtime_->free(entry.second) != 0) runtime_->clear_error();
+    return true;
+  });
+}
+
+}  // namespace pagedkv
