@@ -95,6 +95,32 @@ void write(Pool& pool, std::size_t layer, const py::object& slots, std::uintptr_
   });
 }
 
+// The arrays of these are given by address: a tensor's, where the pool's tensors are.
+
+void copy_blocks_there(Pool& pool, std::uintptr_t copies, std::int64_t num_copies) {
+  pool.copy_blocks_there(pointer<const std::int32_t>(copies), num_copies);
+}
+
+void write_there(Pool& pool, std::size_t layer, std::uintptr_t slots, std::int64_t num_tokens,
+                 std::uintptr_t k, std::int64_t k_stride, std::uintptr_t v, std::int64_t v_stride) {
+  run(num_tokens * (k_stride + v_stride), [&] {
+    pool.write_there(layer, pointer<const std::int64_t>(slots), num_tokens,
+                     pointer<const std::byte>(k), k_stride, pointer<const std::byte>(v), v_stride);
+  });
+}
+
+void gather_there(Pool& pool, std::size_t region, std::uintptr_t block_tables,
+                  std::int64_t table_stride, std::int32_t num_rows, std::int32_t table_width,
+                  std::uintptr_t num_tokens, std::int32_t num_heads, std::int32_t width,
+                  std::uintptr_t target) {
+  const TableView view{pointer<const std::int32_t>(block_tables), table_stride, num_rows,
+                       table_width};
+  run(std::int64_t{num_rows} * width * 256, [&] {
+    pool.gather_there(region, view, pointer<const std::int32_t>(num_tokens), num_heads, width,
+                      pointer<std::byte>(target));
+  });
+}
+
 }  // namespace
 
 std::vector<Region> regions_of(const py::list& regions) {
@@ -119,6 +145,12 @@ void bind_pools(py::module_& m) {
       .def("write", &write, py::arg("layer"), py::arg("slots"), py::arg("k"), py::arg("k_stride"),
            py::arg("v"), py::arg("v_stride"))
       .def("gather", &gather, py::arg("region"), py::arg("block_tables"), py::arg("first_block"),
+           py::arg("num_tokens"), py::arg("num_heads"), py::arg("width"), py::arg("target"))
+      .def("copy_blocks_there", &copy_blocks_there, py::arg("copies"), py::arg("num_copies"))
+      .def("write_there", &write_there, py::arg("layer"), py::arg("slots"), py::arg("num_tokens"),
+           py::arg("k"), py::arg("k_stride"), py::arg("v"), py::arg("v_stride"))
+      .def("gather_there", &gather_there, py::arg("region"), py::arg("block_tables"),
+           py::arg("table_stride"), py::arg("num_rows"), py::arg("table_width"),
            py::arg("num_tokens"), py::arg("num_heads"), py::arg("width"), py::arg("target"))
       .def("synchronize", &Pool::synchronize);
   py::class_<HostPool, Pool>(m, "HostPool", py::is_final(), "In host memory, at once.")

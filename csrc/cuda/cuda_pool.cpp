@@ -45,21 +45,28 @@ void CudaPool::copy_blocks(std::span<const std::int32_t> copies) {
   if (copies.empty()) return;
   device_->check_open();
   const CudaDevice::Guard guard(*device_);
-  const auto launch = [&](const std::int32_t* at) {
-    const CopyBlocks kernel = CopyBlocks::make(
-        static_cast<const Region*>(regions_), static_cast<std::int32_t>(checks_.regions().size()),
-        at, static_cast<std::int32_t>(copies.size() / 3), largest_block_bytes_, word_bytes_);
-    device_->check(device_->runtime().launch(kernel, device_->stream()), "copy_blocks");
-  };
-  if (const std::int32_t* there = step_.on_device(copies.data())) return launch(there);
+  const auto num_copies = static_cast<std::int64_t>(copies.size() / 3);
+  if (const std::int32_t* there = step_.on_device(copies.data())) {
+    return copy_blocks_there(there, num_copies);
+  }
   checks_.check_copies(copies);
   device_->ring().upload(
       device_->stream(), copies.size_bytes(),
       [&](std::byte* host) { std::memcpy(host, copies.data(), copies.size_bytes()); },
-      [&](std::byte* up) { launch(reinterpret_cast<const std::int32_t*>(up)); });
+      [&](std::byte* up) {
+        copy_blocks_there(reinterpret_cast<const std::int32_t*>(up), num_copies);
+      });
 }
 
-// Calls launch(slots on the device): those of the step are there, others go up with the call.
+void CudaPool::copy_blocks_there(const std::int32_t* copies, std::int64_t num_copies) {
+  device_->check_open();
+  const CudaDevice::Guard guard(*device_);
+  const CopyBlocks kernel = CopyBlocks::make(
+      static_cast<const Region*>(regions_), static_cast<std::int32_t>(checks_.regions().size()),
+      copies, static_cast<std::int32_t>(num_copies), largest_block_bytes_, word_bytes_);
+  device_->check(device_->runtime().launch(kernel, device_->stream()), "copy_blocks");
+}
+
 template <class Launch>
 void CudaPool::with_slots(std::span<const std::int64_t> slots, Launch&& launch) {
   if (slots.empty()) return;
@@ -73,13 +80,36 @@ void CudaPool::with_slots(std::span<const std::int64_t> slots, Launch&& launch) 
       [&](std::byte* up) { launch(reinterpret_cast<const std::int64_t*>(up)); });
 }
 
-void CudaPool::scatter(const ScatterPart* parts, int num_parts,
-                       std::span<const std::int64_t> slots) {
+void CudaPool::launch_scatter(const ScatterPart* parts, int num_parts, const std::int64_t* slots,
+                              std::int64_t num_tokens) {
+  device_->check_open();
+  const CudaDevice::Guard guard(*device_);
+  const ScatterKv kernel =
+      ScatterKv::make(parts, num_parts, slots, num_tokens, checks_.block_size());
+  device_->check(device_->runtime().launch(kernel, device_->stream()), "scatter_kv");
+}
+
+void CudaPool::scatter(std::size_t region, std::span<const std::int64_t> slots,
+                       const std::byte* source, std::int64_t source_stride) {
+  const ScatterPart part{checks_.region(region), source, source_stride};
   with_slots(slots, [&](const std::int64_t* at) {
-    const ScatterKv kernel = ScatterKv::make(
-        parts, num_parts, at, static_cast<std::int64_t>(slots.size()), checks_.block_size());
-    device_->check(device_->runtime().launch(kernel, device_->stream()), "scatter_kv");
+    launch_scatter(&part, 1, at, static_cast<std::int64_t>(slots.size()));
   });
+}
+
+void CudaPool::write(std::size_t layer, std::span<const std::int64_t> slots, const std::byte* k,
+                     std::int64_t k_stride, const std::byte* v, std::int64_t v_stride) {
+  with_slots(slots, [&](const std::int64_t* at) {
+    write_there(layer, at, static_cast<std::int64_t>(slots.size()), k, k_stride, v, v_stride);
+  });
+}
+
+void CudaPool::write_there(std::size_t layer, const std::int64_t* slots, std::int64_t num_tokens,
+                           const std::byte* k, std::int64_t k_stride, const std::byte* v,
+                           std::int64_t v_stride) {
+  const ScatterPart parts[] = {{checks_.region(2 * layer), k, k_stride},
+                               {checks_.region(2 * layer + 1), v, v_stride}};
+  launch_scatter(parts, 2, slots, num_tokens);
 }
 
 void CudaPool::write_fp8(std::size_t layer, std::span<const std::int64_t> slots,
@@ -95,41 +125,23 @@ void CudaPool::write_fp8(std::size_t layer, std::span<const std::int64_t> slots,
   });
 }
 
-void CudaPool::scatter(std::size_t region, std::span<const std::int64_t> slots,
-                       const std::byte* source, std::int64_t source_stride) {
-  const ScatterPart part{checks_.region(region), source, source_stride};
-  scatter(&part, 1, slots);
-}
-
-void CudaPool::write(std::size_t layer, std::span<const std::int64_t> slots, const std::byte* k,
-                     std::int64_t k_stride, const std::byte* v, std::int64_t v_stride) {
-  const ScatterPart parts[] = {{checks_.region(2 * layer), k, k_stride},
-                               {checks_.region(2 * layer + 1), v, v_stride}};
-  scatter(parts, 2, slots);
-}
-
 void CudaPool::gather(std::size_t region, const TableView& table, std::int32_t first_block,
                       std::span<const std::int32_t> num_tokens, std::int32_t num_heads,
                       std::int32_t width, std::byte* target) {
   checks_.check_gather_shape(region, table, first_block, num_tokens, num_heads);
   if (table.num_rows == 0 || width == 0) return;
-  const std::int32_t* cells = step_.on_device(table.cells);
-  const std::int32_t* tokens = step_.on_device(num_tokens.data());
-  if (cells == nullptr || tokens == nullptr) {
-    checks_.check_gather(region, table, first_block, num_tokens, num_heads, width);
-  }
   device_->check_open();
   const CudaDevice::Guard guard(*device_);
-  const auto launch = [&](const TableView& view, const std::int32_t* lengths) {
-    const GatherKv kernel = GatherKv::make(checks_.region(region), view, first_block, lengths,
-                                           num_heads, width, checks_.block_size(), target);
-    device_->check(device_->runtime().launch(kernel, device_->stream()), "gather_kv");
+  TableView there = table;
+  there.cells = step_.on_device(table.cells);
+  const std::int32_t* tokens = step_.on_device(num_tokens.data());
+  const auto launch = [&] {
+    launch_gather(region, there, first_block, tokens, num_heads, width, target);
   };
-  const std::size_t row = cells != nullptr ? 0 : static_cast<std::size_t>(table.width);
+  if (there.cells != nullptr && tokens != nullptr) return launch();
+  checks_.check_gather(region, table, first_block, num_tokens, num_heads, width);
+  const std::size_t row = there.cells != nullptr ? 0 : static_cast<std::size_t>(table.width);
   const std::size_t num_cells = row * static_cast<std::size_t>(table.num_rows);
-  if (cells != nullptr && tokens != nullptr) {
-    return launch({cells, table.stride, table.num_rows, table.width}, tokens);
-  }
   device_->ring().upload(
       device_->stream(), (num_cells + num_tokens.size()) * sizeof(std::int32_t),
       [&](std::byte* host) {
@@ -140,12 +152,29 @@ void CudaPool::gather(std::size_t region, const TableView& table, std::int32_t f
         }
       },
       [&](std::byte* up) {
-        const auto* lengths = reinterpret_cast<const std::int32_t*>(up);
-        if (cells != nullptr) {
-          return launch({cells, table.stride, table.num_rows, table.width}, lengths);
+        tokens = reinterpret_cast<const std::int32_t*>(up);
+        if (there.cells == nullptr) {
+          there.cells = tokens + num_tokens.size();
+          there.stride = table.width;
         }
-        launch({lengths + num_tokens.size(), table.width, table.num_rows, table.width}, lengths);
+        launch();
       });
+}
+
+void CudaPool::gather_there(std::size_t region, const TableView& table,
+                            const std::int32_t* num_tokens, std::int32_t num_heads,
+                            std::int32_t width, std::byte* target) {
+  launch_gather(region, table, 0, num_tokens, num_heads, width, target);
+}
+
+void CudaPool::launch_gather(std::size_t region, const TableView& table, std::int32_t first_block,
+                             const std::int32_t* num_tokens, std::int32_t num_heads,
+                             std::int32_t width, std::byte* target) {
+  device_->check_open();
+  const CudaDevice::Guard guard(*device_);
+  const GatherKv kernel = GatherKv::make(checks_.region(region), table, first_block, num_tokens,
+                                         num_heads, width, checks_.block_size(), target);
+  device_->check(device_->runtime().launch(kernel, device_->stream()), "gather_kv");
 }
 
 void CudaPool::synchronize() {

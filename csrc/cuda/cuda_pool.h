@@ -37,12 +37,23 @@ class CudaPool final : public Pool {
   void gather(std::size_t region, const TableView& table, std::int32_t first_block,
               std::span<const std::int32_t> num_tokens, std::int32_t num_heads, std::int32_t width,
               std::byte* target) override;
+  void copy_blocks_there(const std::int32_t* copies, std::int64_t num_copies) override;
+  void write_there(std::size_t layer, const std::int64_t* slots, std::int64_t num_tokens,
+                   const std::byte* k, std::int64_t k_stride, const std::byte* v,
+                   std::int64_t v_stride) override;
+  void gather_there(std::size_t region, const TableView& table, const std::int32_t* num_tokens,
+                    std::int32_t num_heads, std::int32_t width, std::byte* target) override;
   void synchronize() override;
 
  private:
-  void scatter(const ScatterPart* parts, int num_parts, std::span<const std::int64_t> slots);
+  // Calls launch(slots on the device): those of the step are there, others go up with the call.
   template <class Launch>
   void with_slots(std::span<const std::int64_t> slots, Launch&& launch);
+  void launch_scatter(const ScatterPart* parts, int num_parts, const std::int64_t* slots,
+                      std::int64_t num_tokens);
+  void launch_gather(std::size_t region, const TableView& table, std::int32_t first_block,
+                     const std::int32_t* num_tokens, std::int32_t num_heads, std::int32_t width,
+                     std::byte* target);
 
   const std::shared_ptr<CudaDevice> device_;
   const HostPool checks_;  // of blocks, slots and shapes; touches no memory

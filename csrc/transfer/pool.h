@@ -54,6 +54,23 @@ class Pool {
                       std::span<const std::int32_t> num_tokens, std::int32_t num_heads,
                       std::int32_t width, std::byte* target) = 0;
 
+  // The same three, of arrays that are where the tensors are: a GPU's pool reads them there, and
+  // cannot check them.
+  virtual void copy_blocks_there(const std::int32_t* copies, std::int64_t num_copies) {
+    copy_blocks({copies, static_cast<std::size_t>(3 * num_copies)});
+  }
+  virtual void write_there(std::size_t layer, const std::int64_t* slots, std::int64_t num_tokens,
+                           const std::byte* k, std::int64_t k_stride, const std::byte* v,
+                           std::int64_t v_stride) {
+    write(layer, {slots, static_cast<std::size_t>(num_tokens)}, k, k_stride, v, v_stride);
+  }
+  virtual void gather_there(std::size_t region, const TableView& table,
+                            const std::int32_t* num_tokens, std::int32_t num_heads,
+                            std::int32_t width, std::byte* target) {
+    gather(region, table, 0, {num_tokens, static_cast<std::size_t>(table.num_rows)}, num_heads,
+           width, target);
+  }
+
   // Returns when all that these calls queued on the caller's stream has ended.
   virtual void synchronize() = 0;
 };

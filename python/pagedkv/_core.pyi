@@ -472,6 +472,25 @@ class Pool(_Object):
     ) -> None:
         """num_tokens[b] tokens from block `first_block` of row b on, to a dense tensor
         [B, num_heads, width, head] at address `target`; zeros past each row's tokens."""
+    def copy_blocks_there(self, copies: int, num_copies: int) -> None:
+        """copy_blocks() of an array where the tensors are, by its address."""
+    def write_there(
+        self, layer: int, slots: int, num_tokens: int, k: int, k_stride: int, v: int, v_stride: int
+    ) -> None:
+        """The same of write()."""
+    def gather_there(
+        self,
+        region: int,
+        block_tables: int,
+        table_stride: int,
+        num_rows: int,
+        table_width: int,
+        num_tokens: int,
+        num_heads: int,
+        width: int,
+        target: int,
+    ) -> None:
+        """The same of gather(), from the first block on."""
     def synchronize(self) -> None:
         """Block until all that was queued has ended."""
 
