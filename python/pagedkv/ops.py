@@ -6,6 +6,10 @@ engine's own, and arrays that are where those are: `step.slots`, `step.block_tab
 break. In a step of KVCache, `kv.write` does the same with fewer arguments, and checks that the step
 is open.
 
+With torch.compile(dynamic=True), torch._dynamo.mark_static() the pools: else their shapes are taken
+for variable too, which torch (2.13) confuses for two views of one memory. Without `dynamic` torch
+sees by itself what varies.
+
 On a GPU nobody can look at slots and tables before they are used: a slot outside the pool is an
 illegal access there, where the CPU raises.
 """

@@ -89,9 +89,13 @@ def layer(k_pool: Any, v_pool: Any, x: Any, slots: Any, tables: Any, lens: Any, 
     return torch.einsum("bht,bhtd->bhd", scores.softmax(-1), v)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_compiled_whole_for_all_shapes_without_copying_the_pool(layout: str) -> None:
+def test_compiled_whole_for_all_shapes(layout: str, dynamic: bool | None) -> None:
     k_pool, v_pool, memory = pools(layout, "cpu")
+    if dynamic:
+        torch._dynamo.mark_static(k_pool)
+        torch._dynamo.mark_static(v_pool)
     twin_k, twin_v, twin = pools(layout, "cpu")
     torch._dynamo.reset()
     num_graphs = 0
@@ -103,7 +107,7 @@ def test_compiled_whole_for_all_shapes_without_copying_the_pool(layout: str) -> 
 
         return compile_fx(graph, example_inputs)
 
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=inspect)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=inspect)
     for num_tokens, width in ((6, 7), (5, 12), (10, 9), (3, 16)):
         x = torch.randn(num_tokens, H, D)
         slots = torch.randperm(N * P)[:num_tokens]
@@ -113,7 +117,7 @@ def test_compiled_whole_for_all_shapes_without_copying_the_pool(layout: str) -> 
         expected = layer(twin_k, twin_v, x, slots, tables, lens, width)
         torch.testing.assert_close(found, expected)
         assert torch.equal(memory, twin)
-    assert num_graphs == 1
+    assert num_graphs == (1 if dynamic else 2)  # the second is the one for all shapes
 
 
 def test_the_code_that_inductor_makes_passes_the_pools_on() -> None:
