@@ -26,7 +26,12 @@ part() {
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/gpu.txt"
 
 build() {
-  "$python" -m venv --system-site-packages "$work/venv" &&
+  "$python" -c 'import torch; print("torch", torch.__version__, torch.version.cuda)' || return 1
+  "$python" -m venv --without-pip "$work/venv" &&
+    # All packages of $python, which may be a virtual environment itself.
+    "$python" -c 'import site, sys; print("import site"); [
+      print(f"site.addsitedir({d!r})") for d in [*site.getsitepackages(), site.getusersitepackages()]]' \
+      >"$("$work/venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/outer.pth" &&
     "$work/venv/bin/python" -m pip install -q --no-build-isolation --no-deps . \
       -Ccmake.define.KV_CUDA=ON -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=native &&
     "$work/venv/bin/python" -m pagedkv info
@@ -61,6 +66,7 @@ fi
 part demo "$work/venv/bin/pagedkv" demo --model tiny --device cuda:0 --out "$out/tree.png"
 part benchmarks "$work/venv/bin/python" bench/bench_cuda.py --out "$out" \
   ${BASELINE:+--baseline "$BASELINE"}
+echo "benchmarks: $(tail -n 1 "$out/benchmarks.log")" | tee -a "$out/parts.txt"
 
 say "report: $out"
 cat "$out/parts.txt"

@@ -60,11 +60,11 @@ ScatterFp8::Source source_of(const Source& source) {
   return {reinterpret_cast<const std::byte*>(address), stride, scale};
 }
 
-void write_fp8(CudaPool& pool, std::size_t layer, const py::object& slots, const std::string& dtype,
-               const std::string& format, const Source& k, const Source& v) {
-  const Argument<std::int64_t> to("slots", slots);
-  pool.write_fp8(layer, to.span(), source_type_of(dtype), fp8_of(format), source_of(k),
-                 source_of(v));
+void write_fp8(CudaPool& pool, std::size_t layer, std::uintptr_t slots, std::size_t num_tokens,
+               const std::string& dtype, const std::string& format, const Source& k,
+               const Source& v) {
+  pool.write_fp8(layer, {reinterpret_cast<const std::int64_t*>(slots), num_tokens},
+                 source_type_of(dtype), fp8_of(format), source_of(k), source_of(v));
 }
 
 py::object address(const CudaPool& pool, const std::string& array) {
@@ -72,7 +72,8 @@ py::object address(const CudaPool& pool, const std::string& array) {
   static const std::pair<const char*, Array> kNames[] = {
       {"input_ids", Array::input_ids}, {"slots", Array::slots},
       {"positions", Array::positions}, {"query_starts", Array::query_starts},
-      {"seq_lens", Array::seq_lens},   {"block_tables", Array::block_tables}};
+      {"seq_lens", Array::seq_lens},   {"block_tables", Array::block_tables},
+      {"copies", Array::copies}};
   for (const auto& [known, which] : kNames) {
     if (array != known) continue;
     const std::byte* found = pool.step().address(which);
@@ -126,8 +127,8 @@ void bind_pool(py::module_& m) {
             return StepMemory::bytes({max_batch, max_tokens, table_stride});
           },
           py::arg("max_batch"), py::arg("max_tokens"), py::arg("table_stride"))
-      .def("write_fp8", &write_fp8, py::arg("layer"), py::arg("slots"), py::arg("dtype"),
-           py::arg("format"), py::arg("k"), py::arg("v"))
+      .def("write_fp8", &write_fp8, py::arg("layer"), py::arg("slots"), py::arg("num_tokens"),
+           py::arg("dtype"), py::arg("format"), py::arg("k"), py::arg("v"))
       .def("address", &address, py::arg("array"));
 }
 

@@ -1,5 +1,6 @@
 // How the pieces of a transfer are copied: what is fastest depends on their size and number, the
-// direction, the driver and the machine, so all of that is measured when a device starts.
+// direction, the driver and the machine, so all of that is measured when a
+// cache with a host tier starts.
 #pragma once
 
 #include <array>
@@ -36,12 +37,15 @@ class CopyMethods {
       std::size_t{1} << 20};
   static constexpr std::array<std::size_t, 3> kNumPieces{2, 16, 128};
 
-  explicit CopyMethods(bool has_batch);
+  // Whether this driver has a call for a batch, and kernels can reach pinned host memory.
+  explicit CopyMethods(bool has_batch, bool has_kernel = true);
 
   // For pieces that make up `num_host_ranges` contiguous ranges of host memory.
   CopyMethod choose(Direction direction, std::span<const CopyRun> runs,
                     std::size_t num_host_ranges) const;
   void always(std::optional<CopyMethod> method);  // nullopt: what was measured
+  void rule_out_staging();                        // there is no memory for it
+  bool may_stage() const;
 
   // measure(method, direction, piece bytes, number of pieces) gives bytes per second; pieces are
   // neighbours in host memory. 0: not to be had, or too much to measure: then as with fewer.
@@ -50,16 +54,16 @@ class CopyMethods {
   std::string table() const;  // what was measured, a line for each size and number
 
  private:
-  struct Entry {
-    std::array<double, kCopyMethods.size()> rate{};  // 0: not measured, or not to be had
-    CopyMethod best;
-    CopyMethod best_apart;  // of pieces that are no neighbours, which need no staging
-  };
-  using Entries = std::array<std::array<Entry, kNumPieces.size()>, kPieceBytes.size()>;
+  using Rates = std::array<double, kCopyMethods.size()>;  // 0: not measured, or not to be had
+  using Entries = std::array<std::array<Rates, kNumPieces.size()>, kPieceBytes.size()>;
+
+  bool has(CopyMethod method) const;
+  CopyMethod best(const Rates& rates, bool neighbours, bool many) const;
 
   bool has_batch_;
+  bool has_kernel_;
   std::optional<CopyMethod> always_;
-  std::array<Entries, 2> entries_;
+  std::array<Entries, 2> entries_{};
 };
 
 }  // namespace pagedkv

@@ -39,11 +39,9 @@ CudaDevice::Guard::~Guard() {
 }
 
 CudaDevice::CudaDevice(std::shared_ptr<CudaRuntime> runtime, const CudaOptions& options)
-    : runtime_(std::move(runtime)),
-      options_(options),
-      process_(::getpid()),
-      methods_(runtime_->has_copy_batch()) {
+    : runtime_(std::move(runtime)), options_(options), process_(::getpid()), methods_(false) {
   const Guard guard(*this);
+  methods_ = CopyMethods(runtime_->has_copy_batch(), runtime_->kernels_reach_host());
   check(runtime_->load_kernels(), "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   ring_ = std::make_unique<UploadRing>(*this, runtime_, options_.ring_bytes);
   transfer_ring_ = std::make_unique<UploadRing>(*this, runtime_, options_.ring_bytes);
@@ -66,6 +64,12 @@ void CudaDevice::check(int code, const char* call) {
   if (code == CudaRuntime::kSuccess) return;
   if (is_sticky(code) && lost_.empty()) lost_ = error_message(*runtime_, code, call);
   pagedkv::check(*runtime_, code, call);
+}
+
+void CudaDevice::note_if_lost(int code, const char* call) {
+  if (code == CudaRuntime::kSuccess) return;
+  if (is_sticky(code) && lost_.empty()) lost_ = error_message(*runtime_, code, call);
+  runtime_->clear_error();
 }
 
 bool CudaDevice::is_parents() const { return process_ != ::getpid(); }
@@ -117,6 +121,7 @@ Stream CudaDevice::make_stream() {
   CudaStream stream = nullptr;
   check(runtime_->create_stream(&stream), "cudaStreamCreateWithFlags");
   streams_.push_back(stream);
+  if (methods_.may_stage() && staging(stream) == nullptr) methods_.rule_out_staging();
   return ours(stream);
 }
 

@@ -46,6 +46,7 @@ class CudaDevice final : public Device {
 
   Stream compute_stream() override;
   Stream make_stream() override;
+  void prepare_memory(std::span<const CopyRun> runs) override;
   void copy(Stream stream, std::span<const CopyRun> runs) override;
   Event record(Stream stream) override;
   void fence(Stream stream, Event event, FenceSite site) override;
@@ -122,6 +123,7 @@ class CudaDevice final : public Device {
   void free_staging(CudaStream stream);
   double measure(CudaStream stream, std::byte* device, std::byte* host, CopyMethod method,
                  Direction direction, std::size_t piece, std::size_t num_pieces);
+  void note_if_lost(int code, const char* call);  // of a call whose failure is not told
   Status settle(EventState& state, int code, const char* call);
 
   const std::shared_ptr<CudaRuntime> runtime_;

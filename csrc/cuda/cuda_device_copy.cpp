@@ -47,6 +47,12 @@ CudaDevice::Prepared CudaDevice::prepare(std::span<const CopyRun> runs) {
   return all;
 }
 
+void CudaDevice::prepare_memory(std::span<const CopyRun> runs) {
+  check_open();
+  const Guard guard(*this);
+  static_cast<void>(prepare(runs));
+}
+
 void CudaDevice::copy(Stream stream, std::span<const CopyRun> runs) {
   check_open();
   const Guard guard(*this);
@@ -58,14 +64,17 @@ void CudaDevice::copy(Stream stream, std::span<const CopyRun> runs) {
   if (all.is_pinned) {
     method = methods_.choose(all.direction, all.runs, num_host_ranges(all.runs, all.direction));
   }
-  if (method == CopyMethod::staged && staging(cuda(stream)) == nullptr) method = CopyMethod::batch;
+  if (method == CopyMethod::staged && staging(cuda(stream)) == nullptr) {
+    methods_.rule_out_staging();
+    method = CopyMethod::batch;
+  }
   if (method == CopyMethod::batch && !can_batch(cuda(stream))) method = CopyMethod::loop;
   try {
     copy_by(method, cuda(stream), all.direction, all.runs);
   } catch (...) {
     // Some of the runs may be under way. Who is told that nothing was enqueued takes their memory
     // for other things, so they have to end first. A lost device runs nothing any more.
-    if (lost_.empty() && runtime_->synchronize(cuda(stream)) != 0) runtime_->clear_error();
+    if (lost_.empty()) note_if_lost(runtime_->synchronize(cuda(stream)), "cudaStreamSynchronize");
     throw;
   }
 }
@@ -76,16 +85,16 @@ bool CudaDevice::can_batch(CudaStream stream) {
 }
 
 void CudaDevice::copy_by(CopyMethod method, CudaStream stream, Direction direction,
-                         std::span<const CopyRun> runs) {
+                         std::span<const CopyRun> sorted) {
   switch (method) {
     case CopyMethod::loop:
-      for (const CopyRun& run : runs) {
+      for (const CopyRun& run : sorted) {
         check(runtime_->copy(run.target, run.source, run.bytes, stream), "cudaMemcpyAsync");
       }
       return;
-    case CopyMethod::batch: return copy_by_batch(stream, runs);
-    case CopyMethod::kernel: return copy_by_kernel(stream, runs, true);
-    case CopyMethod::staged: return copy_by_staging(stream, direction, runs);
+    case CopyMethod::batch: return copy_by_batch(stream, sorted);
+    case CopyMethod::kernel: return copy_by_kernel(stream, sorted, true);
+    case CopyMethod::staged: return copy_by_staging(stream, direction, sorted);
   }
 }
 
@@ -148,19 +157,25 @@ void CudaDevice::copy_by_kernel(CudaStream stream, std::span<const CopyRun> runs
       pieces.push_back({run.target + at, run.source + at, std::min(piece_bytes, bytes - at)});
     }
   }
-  const std::size_t size = pieces.size() * sizeof(TransferPiece);
-  transfer_ring_->upload(
-      stream, size,
-      [&](std::byte* host) {
-        std::copy_n(reinterpret_cast<const std::byte*>(pieces.data()), size, host);
-      },
-      [&](std::byte* device) {
-        check(runtime_->launch(TransferBlocks::make(reinterpret_cast<const TransferPiece*>(device),
-                                                    static_cast<std::int64_t>(pieces.size()),
-                                                    piece_bytes, all.word_bytes(), across_bus),
-                               stream),
-              "transfer_blocks");
-      });
+  // In parts that leave room in the ring for those before them.
+  const std::size_t most =
+      std::max<std::size_t>(transfer_ring_->capacity() / 4 / sizeof(TransferPiece), 1);
+  for (std::size_t first = 0; first < pieces.size(); first += most) {
+    const std::size_t count = std::min(most, pieces.size() - first);
+    transfer_ring_->upload(
+        stream, count * sizeof(TransferPiece),
+        [&](std::byte* host) {
+          std::copy_n(reinterpret_cast<const std::byte*>(pieces.data() + first),
+                      count * sizeof(TransferPiece), host);
+        },
+        [&](std::byte* device) {
+          const auto* there = reinterpret_cast<const TransferPiece*>(device);
+          check(runtime_->launch(TransferBlocks::make(there, static_cast<std::int64_t>(count),
+                                                      piece_bytes, all.word_bytes(), across_bus),
+                                 stream),
+                "transfer_blocks");
+        });
+  }
 }
 
 }  // namespace pagedkv

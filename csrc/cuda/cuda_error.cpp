@@ -13,6 +13,10 @@ const char* what_to_do(int code) {
     case 46:
     case 101: return "use a device that is free and that exists";
     case 100: return "there is no CUDA device here";
+    case 209:
+    case 222:
+      return "this build has no code for this GPU: it needs compute capability 8.0 or later, or a "
+             "build for its architecture (CMAKE_CUDA_ARCHITECTURES)";
     case 400: return "the stream or event is another device's, or has been destroyed";
     case 801: return "this driver cannot do that";
     case 900: return "a stream is being captured into a CUDA graph: ask again when it is not";

@@ -1,8 +1,5 @@
 // The pool of a CUDA device: what a step does is launched on the caller's stream, and nobody waits.
-//
-// Tensors are the device's: they have to stay what they are until the stream has come past, as with
-// any kernel. Arrays that tell where (slots, tables, ...) are the host's. Those of the plan that
-// begin_step() got are on the device already; others are checked, and go up with the call.
+// Tensors and arrays are in memory that the device can read, and nothing of them is looked at here.
 #pragma once
 
 #include <memory>
@@ -23,7 +20,8 @@ class CudaPool final : public Pool {
            std::int32_t block_size, const StepShape& shape, std::byte* step_memory);
   ~CudaPool() override;
 
-  void begin_step(const StepPlan& plan) override { step_.upload(plan); }
+  void begin_step(const StepPlan& plan) override;
+  void apply(const StepPlan& plan) override;
   const StepMemory& step() const { return step_; }
 
   void copy_blocks(std::span<const std::int32_t> copies) override;
@@ -37,26 +35,15 @@ class CudaPool final : public Pool {
   void gather(std::size_t region, const TableView& table, std::int32_t first_block,
               std::span<const std::int32_t> num_tokens, std::int32_t num_heads, std::int32_t width,
               std::byte* target) override;
-  void copy_blocks_there(const std::int32_t* copies, std::int64_t num_copies) override;
-  void write_there(std::size_t layer, const std::int64_t* slots, std::int64_t num_tokens,
-                   const std::byte* k, std::int64_t k_stride, const std::byte* v,
-                   std::int64_t v_stride) override;
-  void gather_there(std::size_t region, const TableView& table, const std::int32_t* num_tokens,
-                    std::int32_t num_heads, std::int32_t width, std::byte* target) override;
   void synchronize() override;
 
  private:
-  // Calls launch(slots on the device): those of the step are there, others go up with the call.
-  template <class Launch>
-  void with_slots(std::span<const std::int64_t> slots, Launch&& launch);
-  void launch_scatter(const ScatterPart* parts, int num_parts, const std::int64_t* slots,
-                      std::int64_t num_tokens);
-  void launch_gather(std::size_t region, const TableView& table, std::int32_t first_block,
-                     const std::int32_t* num_tokens, std::int32_t num_heads, std::int32_t width,
-                     std::byte* target);
+  template <class Kernel>
+  void launch(const Kernel& kernel, const char* name);
+  void scatter(const ScatterPart* parts, int num_parts, std::span<const std::int64_t> slots);
 
   const std::shared_ptr<CudaDevice> device_;
-  const HostPool checks_;  // of blocks, slots and shapes; touches no memory
+  const HostPool shapes_;  // of the regions; touches no memory
   std::int64_t largest_block_bytes_ = 0;
   int word_bytes_ = 16;
   void* regions_ = nullptr;  // on the device

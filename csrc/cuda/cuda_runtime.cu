@@ -124,6 +124,14 @@ int RealRuntime::free(void* memory) {
   const WhileOthersCapture relaxed;
   return cudaFree(memory);
 }
+bool RealRuntime::kernels_reach_host() {
+  int device = 0, reach = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&reach, cudaDevAttrCanUseHostPointerForRegisteredMem,
+                                            device) == cudaSuccess;
+  if (!known) static_cast<void>(cudaGetLastError());
+  return known && reach != 0;
+}
 int RealRuntime::register_host(void* memory, std::size_t bytes) {
   const WhileOthersCapture relaxed;
   return cudaHostRegister(memory, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);

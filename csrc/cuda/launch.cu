@@ -59,6 +59,8 @@ int num_side_by_side(int* num_blocks) {
   if (const int code = cudaGetDevice(&device)) return code;
   const bool keep = device < static_cast<int>(known.size());
   if (keep && (*num_blocks = known[static_cast<std::size_t>(device)]) > 0) return cudaSuccess;
+  cudaFuncAttributes loaded{};  // by asking
+  if (const int code = cudaFuncGetAttributes(&loaded, kFunction)) return code;
   int num_processors = 0, per_processor = 0;
   if (const int code =
           cudaDeviceGetAttribute(&num_processors, cudaDevAttrMultiProcessorCount, device)) {

@@ -60,6 +60,8 @@ class CudaRuntime {
   virtual int allocate(void** memory, std::size_t bytes) = 0;  // on the device
   virtual int free(void* memory) = 0;
   // Pinned, for all devices. Called from helper threads, too.
+  // Whether kernels of the current device reach pinned memory at the host's own addresses.
+  virtual bool kernels_reach_host() = 0;
   virtual int register_host(void* memory, std::size_t bytes) = 0;
   virtual int unregister_host(void* memory) = 0;
 

@@ -68,14 +68,6 @@ std::byte* StepMemory::address(Array array) const {
   return arrays_[static_cast<int>(array)].device;
 }
 
-const std::byte* StepMemory::find(const std::byte* host) const {
-  for (const Placed& array : arrays_) {
-    if (array.device == nullptr || host < array.host || host >= array.host + array.bytes) continue;
-    return array.device + (host - array.host);
-  }
-  return nullptr;
-}
-
 void StepMemory::forget() { std::ranges::fill(row_is_right_, std::uint8_t{0}); }
 
 // The rows that changed, and whole those that are not what the plan takes them for.

@@ -41,11 +41,6 @@ class StepMemory {
 
   // Where an array of the last plan is on the device; null if it has stayed on the host.
   std::byte* address(Array array) const;
-  // The same for a pointer into an array of the last plan; null for any other.
-  template <class T>
-  const T* on_device(const T* host) const {
-    return reinterpret_cast<const T*>(find(reinterpret_cast<const std::byte*>(host)));
-  }
 
  private:
   struct Placed {  // an array of the last plan
@@ -54,7 +49,6 @@ class StepMemory {
     std::size_t bytes = 0;
   };
 
-  const std::byte* find(const std::byte* host) const;
   std::byte* tables() const { return memory_; }
   void place(Array array, const void* host, std::byte* device, std::size_t bytes);
   void list_updates(const StepPlan& plan);

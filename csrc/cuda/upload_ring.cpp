@@ -59,14 +59,17 @@ void UploadRing::retire(bool wait) {
   in_use_.pop_front();
 }
 
+void UploadRing::fit(std::size_t bytes) {
+  if (bytes <= bytes_) return;
+  while (!in_use_.empty()) retire(true);
+  allocate(std::max(round_up(bytes), 2 * bytes_));
+}
+
 UploadRing::Slice UploadRing::reserve(std::size_t bytes) {
   device_.check_open();
   device_.check_not_capturing();
   bytes = round_up(bytes);
-  if (bytes > bytes_) {
-    while (!in_use_.empty()) retire(true);
-    allocate(std::max(bytes, 2 * bytes_));
-  }
+  fit(bytes);
   if (next_ + bytes > bytes_) next_ = 0;
   while (overlaps(next_, next_ + bytes)) retire(true);
   const Slice slice{host_->data() + next_, static_cast<std::byte*>(memory_) + next_, bytes};

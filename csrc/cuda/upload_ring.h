@@ -57,6 +57,8 @@ class UploadRing {
     release(slice, stream);
   }
 
+  // Makes the ring so large, so that no upload has to.
+  void fit(std::size_t bytes);
   std::size_t capacity() const { return bytes_; }
   std::int64_t num_waits() const { return num_waits_; }
 

@@ -65,6 +65,9 @@ class Device {
   // A stream for copies, the device's own, until close().
   virtual Stream make_stream() = 0;
 
+  // Makes memory of the host tier ready for these copies, where it is not. copy() does it, too; so
+  // the time that it takes can be told from theirs.
+  virtual void prepare_memory(std::span<const CopyRun>) {}
   virtual void copy(Stream stream, std::span<const CopyRun> runs) = 0;
   virtual Event record(Stream stream) = 0;
   virtual void fence(Stream stream, Event event, FenceSite site) = 0;

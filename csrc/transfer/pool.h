@@ -25,14 +25,21 @@ struct TableView {
   std::int32_t width;
 };
 
-// The blocks of all regions, as work on the caller's stream. Checks every block and slot before it
-// touches memory, which it does not own. Arguments are the caller's again when a call returns.
+// The blocks of all regions, as work on the caller's stream. Arrays (slots, tables, ...) are where
+// the tensors are: a pool in host memory checks every block and slot before it touches memory; a
+// GPU's cannot see them, and both have to stay what they are until the stream has come past.
 class Pool {
  public:
   virtual ~Pool() = default;
 
-  // Before a step's first work, on the stream that the caller is going to use for it.
-  virtual void begin_step(const StepPlan&) {}
+  // Before a step's first work, on the stream that the caller is going to use for it: brings the
+  // plan's arrays to the tensors, and carries out its copies.
+  virtual void begin_step(const StepPlan& plan) { apply(plan); }
+
+  // The copies of a plan alone, which may be another manager's.
+  virtual void apply(const StepPlan& plan) {
+    if (!plan.copies.empty()) copy_blocks(cells_of(plan.copies));
+  }
 
   // Rows of `copies`: source block, target block, tokens. In every region.
   virtual void copy_blocks(std::span<const std::int32_t> copies) = 0;
@@ -54,25 +61,14 @@ class Pool {
                       std::span<const std::int32_t> num_tokens, std::int32_t num_heads,
                       std::int32_t width, std::byte* target) = 0;
 
-  // The same three, of arrays that are where the tensors are: a GPU's pool reads them there, and
-  // cannot check them.
-  virtual void copy_blocks_there(const std::int32_t* copies, std::int64_t num_copies) {
-    copy_blocks({copies, static_cast<std::size_t>(3 * num_copies)});
-  }
-  virtual void write_there(std::size_t layer, const std::int64_t* slots, std::int64_t num_tokens,
-                           const std::byte* k, std::int64_t k_stride, const std::byte* v,
-                           std::int64_t v_stride) {
-    write(layer, {slots, static_cast<std::size_t>(num_tokens)}, k, k_stride, v, v_stride);
-  }
-  virtual void gather_there(std::size_t region, const TableView& table,
-                            const std::int32_t* num_tokens, std::int32_t num_heads,
-                            std::int32_t width, std::byte* target) {
-    gather(region, table, 0, {num_tokens, static_cast<std::size_t>(table.num_rows)}, num_heads,
-           width, target);
-  }
-
   // Returns when all that these calls queued on the caller's stream has ended.
   virtual void synchronize() = 0;
+
+  // A plan's copies as copy_blocks() takes them.
+  static std::span<const std::int32_t> cells_of(std::span<const BlockCopy> copies) {
+    static_assert(sizeof(BlockCopy) == 3 * sizeof(std::int32_t));
+    return {reinterpret_cast<const std::int32_t*>(copies.data()), 3 * copies.size()};
+  }
 };
 
 }  // namespace pagedkv

@@ -166,6 +166,7 @@ void TransferEngine::issue(Transfer& transfer) {
     try {
       device_->fence(stream, transfer.behind, FenceSite::transfer_after_compute);
       fence_behind(stream, transfer.wait_for, FenceSite::transfer_after_transfer);
+      device_->prepare_memory(transfer.runs);
       transfer.begin = record_if_possible(stream);
       device_->copy(stream, transfer.runs);
     } catch (const DeviceError& error) {

@@ -440,57 +440,39 @@ class TransferEngine(_Object):
     def num_runs(self) -> int: ...
 
 class Pool(_Object):
-    """What a step does with tensors. The caller keeps them alive and passes right addresses.
+    """What a step does with tensors and arrays, by address. The caller keeps them alive.
 
     Args of its classes:
         regions: (address, bytes from block to block, bytes of a token), one per tensor.
         num_blocks: blocks in each region, block 0 among them.
-        block_size: tokens per block.
 
-    Raises InvalidSpec, before it touches memory, for a block or slot outside the pool.
+    A HostPool raises ValueError, before it touches memory, for a block or slot outside of it.
     """
 
     def begin_step(self, plan: StepPlan) -> None:
-        """Before a step's first work: bring what its plan says to where that work will read it."""
-    def copy_blocks(self, copies: _Int32) -> None:
-        """Rows of `copies` [n, 3]: source block, target block, tokens; in every region."""
-    def scatter(self, region: int, slots: _Int64, source: int, source_stride: int) -> None:
-        """Token t, at address source + t * source_stride, goes to slots[t]."""
+        """Bring the plan's arrays to where the tensors are, and carry out its copies."""
+    def apply(self, plan: StepPlan) -> None:
+        """Carry out the copies of a plan, which may be another manager's."""
+    def copy_blocks(self, copies: int, num_copies: int) -> None:
+        """Rows of int32: source block, target block, tokens."""
     def write(
-        self, layer: int, slots: _Int64, k: int, k_stride: int, v: int, v_stride: int
-    ) -> None:
-        """scatter() of a layer's keys (region 2 * layer) and values (the next one)."""
-    def gather(
-        self,
-        region: int,
-        block_tables: _Int32,
-        first_block: int,
-        num_tokens: _Int32,
-        num_heads: int,
-        width: int,
-        target: int,
-    ) -> None:
-        """num_tokens[b] tokens from block `first_block` of row b on, to a dense tensor
-        [B, num_heads, width, head] at address `target`; zeros past each row's tokens."""
-    def copy_blocks_there(self, copies: int, num_copies: int) -> None:
-        """copy_blocks() of an array where the tensors are, by its address."""
-    def write_there(
         self, layer: int, slots: int, num_tokens: int, k: int, k_stride: int, v: int, v_stride: int
     ) -> None:
-        """The same of write()."""
-    def gather_there(
+        """Token t, at address k + t * k_stride and v + t * v_stride, goes to slots[t]."""
+    def gather(
         self,
         region: int,
         block_tables: int,
         table_stride: int,
         num_rows: int,
         table_width: int,
+        first_block: int,
         num_tokens: int,
         num_heads: int,
         width: int,
         target: int,
     ) -> None:
-        """The same of gather(), from the first block on."""
+        """num_tokens[b] tokens from block first_block of row b on, into [B, heads, width, dim]."""
     def synchronize(self) -> None:
         """Block until all that was queued has ended."""
 
@@ -525,7 +507,6 @@ class CudaDevice(Device):
     Args:
         copy_method: how pieces are copied between the tiers: "loop", "batch", "kernel" or
             "staged"; "auto" is what was measured.
-
     Raises DeviceError, which names the call of CUDA that failed and what to do.
     """
 
@@ -576,7 +557,7 @@ class CudaPool(Pool):
     @staticmethod
     def step_bytes(max_batch: int, max_tokens: int, table_stride: int) -> int: ...
     def write_fp8(
-        self, layer: int, slots: _Int64, dtype: str, format: str, k: _Rows, v: _Rows
+        self, layer: int, slots: int, num_tokens: int, dtype: str, format: str, k: _Rows, v: _Rows
     ) -> None:
         """write() of wider floats into a pool of 8-bit ones. Rows: address, stride, scale."""
     def address(self, array: str) -> int | None:

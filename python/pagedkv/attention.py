@@ -59,10 +59,13 @@ def attend(
         raise InvalidSpec(
             f"q has {q.shape[1]} heads, expected a multiple of {spec.num_kv_heads} KV heads"
         )
-    k_scale, v_scale = kv.scales[layer]  # of what is stored: q @ (k * s) == (q @ k) * s
-    scale = (spec.k_dim**-0.5 if scale is None else scale) * k_scale
+    scale = spec.k_dim**-0.5 if scale is None else scale
+    k_scale, v_scale = kv.scales[layer]
+    if k_scale != 1:
+        q = q * k_scale  # first: what is stored may be so large that products with it overflow
     out = q.new_empty(q.shape[0], q.shape[1], spec.v_dim)
     starts, lens = plan.query_starts, plan.seq_lens
+    tables, lens_there = step.block_tables, step.seq_lens
     one_each = plan.num_tokens == plan.batch_size
     runs = step.shared_runs if one_each else [(b, b + 1, 0) for b in range(plan.batch_size)]
     for first, last, shared in runs:
@@ -73,12 +76,13 @@ def attend(
             mask = part[..., : int(lens[first:last].max())]
         else:
             num_new = int(starts[first + 1] - starts[first])
-            mask = _causal_mask(lens[first:last], step.seq_lens[first:last], num_new, window)
+            mask = _causal_mask(lens[first:last], lens_there[first:last], num_new, window)
         queries = q[rows].unflatten(0, (last - first, -1)).transpose(1, 2)
         if shared and last - first > 1:
             found = _shared(kv, layer, queries, step, first, last, shared, scale, softcap, mask)
         else:
-            k, v = kv.gather_blocks(layer, plan.block_tables[first:last], 0, lens[first:last])
+            width = int(lens[first:last].max())
+            k, v = kv.gather_blocks(layer, tables[first:last], 0, lens_there[first:last], width)
             found = _dense(queries, k, v, scale, softcap, mask)
         out[rows] = found.transpose(1, 2).flatten(0, 1)
     return out if v_scale == 1 else out.mul_(v_scale)
@@ -153,12 +157,11 @@ def _shared(
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """One query each for rows whose first `shared` blocks are the same: q [n, Hq, 1, D]."""
-    plan = step.plan
     num_shared = shared * kv.spec.block_size
-    tables, lens = plan.block_tables[first:last], plan.seq_lens[first:last]
-    run = np.array([num_shared], np.int32)
-    k_run, v_run = kv.gather_blocks(layer, tables[:1], 0, run, part=0)
-    k_tail, v_tail = kv.gather_blocks(layer, tables, shared, lens - num_shared, part=1)
+    tables, longest = step.block_tables[first:last], int(step.plan.seq_lens[first:last].max())
+    run, tails = step.shared_lens(first, last, num_shared)
+    k_run, v_run = kv.gather_blocks(layer, tables[:1], 0, run, num_shared, part=0)
+    k_tail, v_tail = kv.gather_blocks(layer, tables, shared, tails, longest - num_shared, part=1)
     if k_run.dtype != q.dtype:
         k_run, v_run, k_tail, v_tail = (t.to(q.dtype) for t in (k_run, v_run, k_tail, v_tail))
     n, num_heads = q.shape[0], k_run.shape[1]

@@ -41,7 +41,7 @@ class KVCache(Sequences):
         spec: what the model keeps per token.
         device: "cpu", "cuda:0", or a simulated device: see `pagedkv.testing`.
         device_memory: bytes for the pool, as an int or a size such as "2GiB", or on a GPU a float,
-            the fraction of its free memory; or give
+            the fraction of its free memory (but for 96 MiB); or give
         num_device_blocks: usable blocks instead.
         host_memory: bytes for the host tier, which sequences are swapped out to; or give
         num_host_blocks: usable blocks instead. By default there is no host tier.
@@ -137,8 +137,6 @@ class KVCache(Sequences):
             if self._transfers is not None:
                 self._transfers.step(plan)
             self._pool.begin_step(plan)
-            if plan.num_copies:
-                self._pool.copy_blocks(plan.copies)
         except BaseException:
             self.manager.rollback(plan)
             raise
@@ -159,8 +157,7 @@ class KVCache(Sequences):
         """Carry out the copies of a plan, which may be another process's manager's."""
         self._open_manager()
         self._follow()
-        if plan.num_copies:
-            self._pool.copy_blocks(plan.copies)
+        self._pool.apply(plan)
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         """Scatter the new tokens' keys [T, H, k_dim] and values [T, H, v_dim] into step.slots.
@@ -172,11 +169,11 @@ class KVCache(Sequences):
         open one.
         """
         self._require(step)
-        slots, pools = step.plan.slots, self._pools(layer)
-        check_source(k, "k", pools[0], len(slots))
-        check_source(v, "v", pools[1], len(slots))
+        num_tokens, pools = step.plan.num_tokens, self._pools(layer)
+        check_source(k, "k", pools[0], num_tokens)
+        check_source(v, "v", pools[1], num_tokens)
         self._follow()
-        self.machine.write(self._pool, layer, slots, k, v, pools[0].dtype, self.scales[layer])
+        self.machine.write(self._pool, layer, step.slots, k, v, pools[0].dtype, self.scales[layer])
 
     def gather(self, layer: int, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of whole sequences, [B, H, max(seq_lens), dim], zeros past each length.
@@ -184,32 +181,44 @@ class KVCache(Sequences):
         As they are stored: the real ones are `scales[layer]` times that. Views of a workspace that
         the next gather overwrites, whatever its layer.
         """
-        plan = step.plan
-        return self.gather_blocks(layer, plan.block_tables, 0, plan.seq_lens)
+        lens = step.plan.seq_lens
+        width = int(lens.max()) if len(lens) else 0
+        return self.gather_blocks(layer, step.block_tables, 0, step.seq_lens, width)
 
     def gather_blocks(
-        self, layer: int, block_tables: Any, first_block: int, num_tokens: Any, part: int = 0
+        self,
+        layer: int,
+        block_tables: torch.Tensor,
+        first_block: int,
+        num_tokens: torch.Tensor,
+        width: int,
+        part: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of `num_tokens[b]` tokens from block `first_block` of row b on.
 
         Args:
-            block_tables: int32 [B, W].
-            num_tokens: int32 [B].
+            block_tables: int32 [B, W] on the cache's device, each row contiguous.
+            num_tokens: int32 [B] on the cache's device, none above `width`.
+            width: of the result.
             part: which workspace to use, so that two gathers can be read side by side.
 
-        Returns views [B, H, max(num_tokens), dim], zeros past each row's number.
+        Returns views [B, H, width, dim], zeros past each row's number. On a GPU nobody can check
+        what the arrays say: a block outside the pool is an illegal access.
         """
         self._follow()
-        width = int(num_tokens.max()) if len(num_tokens) else 0
-        found = []
+        num_rows, found = len(num_tokens), []
         for i, pool in enumerate(self._pools(layer)):
-            shape = (len(num_tokens), pool.shape[2], width, pool.shape[3])
-            space = self._workspace(2 * part + i, shape, pool.dtype)
+            space = self._workspace(
+                2 * part + i, (num_rows, pool.shape[2], width, pool.shape[3]), pool.dtype
+            )
             self._pool.gather(
                 2 * layer + i,
-                block_tables,
+                block_tables.data_ptr(),
+                block_tables.stride(0),
+                num_rows,
+                block_tables.shape[1],
                 first_block,
-                num_tokens,
+                num_tokens.data_ptr(),
                 pool.shape[2],
                 width,
                 space.data_ptr(),

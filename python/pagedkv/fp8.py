@@ -20,11 +20,13 @@ def is_fp8(dtype: torch.dtype) -> bool:
 def to_fp8(values: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """`values` / `scale` in `dtype`; what is too large becomes its largest value, NaN stays NaN.
 
-    The bits are those of the CUDA kernel's conversion.
+    On the CPU the bits are those of the CUDA kernel's conversion.
     """
     largest = torch.finfo(dtype).max
     wide = values.float()
-    return (wide / scale if scale != 1 else wide).clamp(-largest, largest).to(dtype)
+    if scale != 1:  # by a tensor, since torch may multiply by the reciprocal of a number instead
+        wide = wide / torch.tensor(scale, dtype=torch.float32, device=wide.device)
+    return wide.clamp(-largest, largest).to(dtype)
 
 
 def check_scales(
@@ -32,8 +34,9 @@ def check_scales(
 ) -> tuple[tuple[float, float], ...]:
     """Per layer the scales of keys and of values; 1.0 where none are given.
 
-    Raises InvalidSpec if there are not as many as layers, for a scale that is not a positive finite
-    number, or one other than 1.0 of a layer that is not stored in 8 bits.
+    As float32 has them, which is what divides. Raises InvalidSpec if there are not as many as
+    layers, for a scale that is not a positive finite float32, or one other than 1.0 of a layer that
+    is not stored in 8 bits.
     """
     if scales is None:
         return ((1.0, 1.0),) * spec.num_layers
@@ -49,8 +52,11 @@ def check_scales(
             raise InvalidSpec(
                 f"scales[{i}] is {pair!r}, expected two floats: of K and of V"
             ) from error
-        if not all(math.isfinite(scale) and scale > 0 for scale in (k, v)):
-            raise InvalidSpec(f"scales[{i}] is {pair!r}, expected positive finite numbers")
+        k, v = torch.tensor([k, v], dtype=torch.float32).tolist()
+        if not all(torch.finfo(torch.float32).tiny <= scale < math.inf for scale in (k, v)):
+            raise InvalidSpec(
+                f"scales[{i}] is {pair!r}, expected positive finite numbers of float32"
+            )
         if (k, v) != (1.0, 1.0) and DTYPE_BYTES[layer.dtype] != 1:
             raise InvalidSpec(f"scales[{i}] is {pair!r}, but layer {i} is stored as {layer.dtype}")
         found.append((k, v))

@@ -33,6 +33,9 @@ __all__ = ["Machine", "machine_for"]
 
 _TO_FP8 = (torch.bfloat16, torch.float16, torch.float32)  # what the kernel converts
 
+# Of a GPU's free memory, left for what steps and copies need besides the pool.
+RESERVED_BYTES = 96 << 20
+
 # Steps of more new tokens than that have their slots, positions and ids uploaded with each use.
 MAX_STEP_TOKENS = 8192
 
@@ -72,7 +75,7 @@ class Machine:
         self,
         pool: Pool,
         layer: int,
-        slots: np.ndarray[Any, Any],
+        slots: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         dtype: torch.dtype,
@@ -80,8 +83,8 @@ class Machine:
     ) -> None:
         """Scatter a layer's new keys and values into `pool`, whose elements are `dtype`."""
         k, v = (rows(as_stored(t, dtype, s)) for t, s in zip((k, v), scales, strict=True))
-        pool.write(layer, slots, *_address(k), *_address(v))
-        self.hold(k, v)
+        pool.write(layer, slots.data_ptr(), len(slots), *_address(k), *_address(v))
+        self.hold(slots, k, v)
 
     def hold(self, *tensors: torch.Tensor) -> None:
         """Keep what queued work reads, where nobody else does."""
@@ -172,13 +175,14 @@ class CudaMachine(Machine):
         return True
 
     def is_capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
+        with torch.cuda.device(self.device):
+            return torch.cuda.is_current_stream_capturing()
 
     def write(
         self,
         pool: Pool,
         layer: int,
-        slots: np.ndarray[Any, Any],
+        slots: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         dtype: torch.dtype,
@@ -189,8 +193,8 @@ class CudaMachine(Machine):
         k, v = rows(k), rows(v)
         types = str(k.dtype).removeprefix("torch."), str(dtype).removeprefix("torch.")
         at = (*_address(k), scales[0]), (*_address(v), scales[1])
-        self._pool.write_fp8(layer, slots, *types, *at)
-        return self.hold(k, v)
+        self._pool.write_fp8(layer, slots.data_ptr(), len(slots), *types, *at)
+        return self.hold(slots, k, v)
 
     def warn(self) -> None:
         num_bytes = self._gpu.num_pageable_bytes
@@ -224,7 +228,7 @@ class CudaMachine(Machine):
         return tensor.to(self.device, non_blocking=True)
 
     def free_bytes(self) -> int:
-        return torch.cuda.mem_get_info(self.device)[0]
+        return max(0, torch.cuda.mem_get_info(self.device)[0] - RESERVED_BYTES)
 
 
 class SimulatedCudaMachine(CudaMachine):

@@ -77,9 +77,11 @@ def _layer(
             f"k_pool is {dtype} {list(k_shape)} and v_pool {v_dtype} {list(v_shape)}: they are not "
             "one layer's"
         )
-    blocks = k_shape[:2]
+    size_of = k_shape[0], k_shape[1]
     device = None if index is None else _device(index)
-    pool = CudaPool(device, regions, *blocks, 0, 0, 0, 0) if device else HostPool(regions, *blocks)
+    pool: Pool = HostPool(regions, *size_of)
+    if device is not None:
+        pool = CudaPool(device, regions, *size_of, 0, 0, 0, 0)
     return _Layer(pool, device, tuple(k_shape[2:]), tuple(v_shape[2:]), size)
 
 
@@ -129,9 +131,7 @@ def _write(
         v = v.contiguous()
         v_stride = v.stride()
     k_at, v_at = k.data_ptr(), v.data_ptr()
-    pool.write_there(
-        0, slots.data_ptr(), num_tokens, k_at, k_stride[0] * size, v_at, v_stride[0] * size
-    )
+    pool.write(0, slots.data_ptr(), num_tokens, k_at, k_stride[0] * size, v_at, v_stride[0] * size)
 
 
 def _gather(
@@ -155,11 +155,13 @@ def _gather(
     for region, part in enumerate((k_pool, v_pool)):
         out = part.new_empty(len(seq_lens), part.shape[2], width, part.shape[3])
         if out.numel():
-            pool.gather_there(
+            pool.gather(
                 region,
                 block_tables.data_ptr(),
                 block_tables.stride(0),
-                *block_tables.shape,
+                len(block_tables),
+                block_tables.shape[1],
+                0,
                 seq_lens.data_ptr(),
                 part.shape[2],
                 width,
@@ -175,27 +177,14 @@ def _copy_blocks(k_pool: torch.Tensor, v_pool: torch.Tensor, copies: torch.Tenso
     if copies.dtype != torch.int32 or copies.shape[1:] != (3,) or not copies.is_contiguous():
         _refuse("copies", copies, "contiguous int32 [n, 3]")
     if len(copies):
-        pool.copy_blocks_there(copies.data_ptr(), len(copies))
+        pool.copy_blocks(copies.data_ptr(), len(copies))
 
 
-for _name, _function in (("write", _write), ("gather", _gather), ("copy_blocks", _copy_blocks)):
-    _library.impl(_name, _function, "CPU")
-    _library.impl(_name, _function, "CUDA")
+def _nothing(*arguments: torch.Tensor) -> None:
+    """What write and copy_blocks give back: all that they do is in the pools."""
 
 
-@torch.library.register_fake("pagedkv::write", lib=_library)
-def _(
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    slots: torch.Tensor,
-) -> None:
-    return None
-
-
-@torch.library.register_fake("pagedkv::gather", lib=_library)
-def _(
+def _gather_shapes(
     k_pool: torch.Tensor,
     v_pool: torch.Tensor,
     block_tables: torch.Tensor,
@@ -207,6 +196,11 @@ def _(
     return k, v
 
 
-@torch.library.register_fake("pagedkv::copy_blocks", lib=_library)
-def _(k_pool: torch.Tensor, v_pool: torch.Tensor, copies: torch.Tensor) -> None:
-    return None
+for _name, _function, _fake in (
+    ("write", _write, _nothing),
+    ("gather", _gather, _gather_shapes),
+    ("copy_blocks", _copy_blocks, _nothing),
+):
+    _library.impl(_name, _function, "CPU")
+    _library.impl(_name, _function, "CUDA")
+    torch.library.register_fake(f"pagedkv::{_name}", _fake, lib=_library)

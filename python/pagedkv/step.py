@@ -31,6 +31,7 @@ class Step:
         self._close = close
         self._open = True
         self._views: dict[str, torch.Tensor] = {}
+        self._shared_lens: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _view(self, name: str) -> torch.Tensor:
         view = self._views.get(name)
@@ -86,6 +87,20 @@ class Step:
             runs.append((first, row, shared))
             first = row
         return runs
+
+    def shared_lens(
+        self, first: int, last: int, num_shared: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lengths of a shared run and of rows' tails behind it, int32 [1] and [last - first].
+
+        On the cache's device, made there, once for all layers.
+        """
+        found = self._shared_lens.get((first, last))
+        if found is None:
+            lens = self.seq_lens[first:last]
+            found = lens.new_full((1,), num_shared), lens - num_shared
+            self._shared_lens[first, last] = found
+        return found
 
     @property
     def is_open(self) -> bool:

@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 #include <optional>
 #include <random>
@@ -11,6 +12,7 @@
 #include "core/error.h"
 #include "cuda/copy_method.h"
 #include "cuda/staging.h"
+#include "cuda_world.h"
 
 using namespace pagedkv;
 
@@ -37,6 +39,8 @@ TEST_CASE("the method of copying is the fastest that was measured, unless the ca
   CHECK(choose(Direction::in, many, 100) == CopyMethod::staged);
   CHECK(choose(Direction::in, many, 101) == CopyMethod::batch);  // nearly no neighbours
   CHECK(choose(Direction::out, many, 200) == CopyMethod::kernel);
+  methods.rule_out_staging();
+  CHECK(choose(Direction::in, many) == CopyMethod::batch);
   CHECK(methods.table().find("kernel") != std::string::npos);
   methods.always(CopyMethod::batch);
   CHECK(choose(Direction::out, large) == CopyMethod::batch);
@@ -51,6 +55,28 @@ TEST_CASE("the method of copying is the fastest that was measured, unless the ca
     return n > 2 || method != CopyMethod::kernel ? 0 : 1e9;  // what is too much counts as fewer
   });
   CHECK(old.choose(Direction::in, many, 1) == CopyMethod::kernel);
+}
+
+TEST_CASE("processors are left to the model, unless copying by them is clearly faster") {
+  CopyMethods methods(true);
+  const auto measured = [&](double loop, double batch, double kernel, double staged) {
+    methods.calibrate([=](CopyMethod method, Direction, std::size_t, std::size_t) {
+      return std::array{loop, batch, kernel, staged}[static_cast<std::size_t>(method)];
+    });
+    const std::vector<CopyRun> runs(16, {nullptr, nullptr, 1 << 20});
+    return methods.choose(Direction::out, runs, 1);
+  };
+  CHECK(measured(25e9, 24e9, 25.5e9, 25.4e9) == CopyMethod::loop);
+  CHECK(measured(25e9, 26e9, 25.5e9, 28e9) == CopyMethod::batch);
+  CHECK(measured(20e9, 10e9, 23e9, 22e9) == CopyMethod::kernel);
+  CHECK(measured(20e9, 10e9, 23e9, 24e9) == CopyMethod::staged);
+  CHECK(measured(0, 0, 3e9, 0) == CopyMethod::kernel);
+  // Of very many pieces a loop is not to be taken: then what comes next.
+  const std::vector<CopyRun> many(1000, {nullptr, nullptr, 1 << 20});
+  measured(25e9, 3e9, 0, 24e9);
+  CHECK(methods.choose(Direction::out, many, 1) == CopyMethod::staged);
+  CHECK(methods.choose(Direction::out, many, 1000) == CopyMethod::batch);
+  CHECK_THROWS_AS(CopyMethods(true, false).always(CopyMethod::kernel), InvalidSpec);
 }
 
 TEST_CASE("rounds of staging copy every byte once, neighbours of host memory as one") {
@@ -105,4 +131,93 @@ TEST_CASE("rounds of staging copy every byte once, neighbours of host memory as 
     CHECK(num_across >= num_ranges);
     CHECK(num_across < num_ranges + rounds.size());
   }
+}
+
+TEST_CASE("where there is no memory for staging, copies go without") {
+  CudaWorld w;
+  w.device->methods().always(CopyMethod::staged);
+  std::byte* const host = w.device->allocate_host(4096);
+  std::vector<std::byte> memory(4096, std::byte{7});
+  w.runtime->fail("cudaMalloc", kOutOfMemory);
+  const Stream stream = w.device->make_stream();
+  const std::vector<CopyRun> runs{{host, memory.data() + 1024, 512},
+                                  {host + 512, memory.data(), 512}};
+  const auto copied = [&] {
+    w.device->copy(stream, runs);
+    const Event end = w.device->record(stream);
+    CHECK(w.device->wait(end) == Status::done);
+    w.device->recycle(end);
+    return w.runtime->num_calls("transfer_blocks");
+  };
+  const std::int64_t asked = w.runtime->num_calls("cudaMalloc");
+  CHECK(copied() == 0);
+  CHECK(copied() == 0);
+  CHECK(w.runtime->num_calls("cudaMalloc") == asked);  // once is enough
+  CHECK(!w.device->methods().may_stage());
+  CHECK(host[1023] == std::byte{7});
+  w.device->free_host(host, 4096);
+  w.check_nothing_left();
+}
+
+TEST_CASE("calibration tries every method in both directions, and gives everything back") {
+  for (const bool has_batch : {true, false}) {
+    CudaOptions options = kSmall;
+    options.staging_bytes = options.calibration_bytes;  // so that a round is enough
+    CudaWorld w(Schedule::random, 1, options, has_batch);
+    constexpr int kMeasured = 2 * 8 * 3;  // directions, sizes and numbers that fit, rounds
+    const std::size_t registered = w.runtime->num_registered_bytes();
+    w.device->calibrate();
+    CHECK(w.runtime->num_calls("transfer_blocks") == 2 * kMeasured);  // direct, and staged
+    CHECK(w.runtime->num_calls("cudaMemcpyBatchAsync") == (has_batch ? kMeasured : 0));
+    CHECK(w.runtime->num_registered_bytes() == registered);
+    const std::string measured = w.device->methods().table();
+    w.runtime->fail("cudaMalloc", kOutOfMemory);
+    w.device->calibrate();
+    CHECK(w.device->methods().table() == measured);
+    w.runtime->fail("cudaMalloc", 801);
+    CHECK(contains(message([&] { w.device->calibrate(); }), "cudaMalloc"));
+    CHECK(w.runtime->num_registered_bytes() == registered);
+    w.check_nothing_left();
+  }
+}
+
+TEST_CASE("a method that is refused, or cannot reach the memory, is not chosen") {
+  CudaWorld w(Schedule::eager);
+  w.runtime->fail("cudaMemcpyBatchAsync", 801);
+  w.device->calibrate();
+  CHECK(contains(w.device->methods().table(), "  0.0"));
+  const std::int64_t launches = w.runtime->num_calls("transfer_blocks");
+  w.runtime->limit_registered(w.runtime->num_registered_bytes());
+  w.device->calibrate();
+  CHECK(w.runtime->num_calls("transfer_blocks") == launches);
+  CHECK(!contains(w.device->methods().table(), "      kernel"));
+  w.runtime->fail("cudaMemcpyAsync", kIllegalAddress);
+  CHECK(contains(message([&] { w.device->calibrate(); }), "restart"));
+}
+
+TEST_CASE("where kernels cannot reach the host, they are not asked to") {
+  auto runtime = std::make_shared<SimulatedRuntime>(SimulatedOptions{.schedule = Schedule::eager});
+  runtime->hide_host();
+  CudaDevice device(runtime, kSmall);
+  CHECK_THROWS_AS(device.methods().always(CopyMethod::kernel), InvalidSpec);
+  device.methods().always(CopyMethod::batch);
+  device.calibrate();
+  device.methods().always(std::nullopt);
+  CHECK(!contains(device.methods().table(), "kernel  "));  // but staging is inside the device
+  device.close();
+}
+
+TEST_CASE("memory that a transfer needs is pinned before its time begins") {
+  CudaWorld w;
+  std::byte* const host = w.device->allocate_host(3 * 8192);
+  std::vector<std::byte> memory(8192);
+  const CopyRun run{host + 8000, memory.data(), 1000};
+  const auto pinned = [&] { return w.runtime->num_calls("cudaHostRegister"); };
+  const std::int64_t before = pinned();
+  w.device->prepare_memory({&run, 1});
+  CHECK(pinned() == before + 2);
+  w.device->copy(w.device->make_stream(), {&run, 1});
+  CHECK(pinned() == before + 2);
+  w.device->close();
+  w.device->free_host(host, 3 * 8192);
 }

@@ -11,63 +11,19 @@
 #include "core/check.h"
 #include "cuda/cuda_device.h"
 #include "cuda/simulated_runtime.h"
+#include "cuda_world.h"
 #include "watchdog.h"
 
 using namespace pagedkv;
 
-namespace {
-
-constexpr int kOutOfMemory = 2;
-constexpr int kIllegalAddress = 700;
-
-// As little memory as will do: sanitizers touch all of it.
-const CudaOptions kSmall{.pinned = {.chunk_bytes = 8192, .ahead = false},
-                         .ring_bytes = 65536,
-                         .calibration_bytes = std::size_t{2} << 20,
-                         .staging_bytes = 4096};
-
-struct World {
-  explicit World(Schedule schedule = Schedule::lazy, std::uint64_t seed = 0,
-                 const CudaOptions& options = kSmall, bool has_batch = true)
-      : runtime(std::make_shared<SimulatedRuntime>(
-            SimulatedOptions{.schedule = schedule, .seed = seed}, 2, has_batch)),
-        device(std::make_unique<CudaDevice>(runtime, options)) {}
-
-  void check_nothing_left() {
-    device->close();
-    CHECK(runtime->num_streams() == 0);
-    CHECK(runtime->num_events() == 0);
-    CHECK(runtime->num_allocations() == 0);
-    CHECK(runtime->num_registered_bytes() == 0);
-    CHECK(runtime->machine().violations().empty());
-  }
-
-  std::shared_ptr<SimulatedRuntime> runtime;
-  std::unique_ptr<CudaDevice> device;
-};
-
-std::string message(auto&& call) {
-  try {
-    call();
-  } catch (const DeviceError& error) {
-    return error.what();
-  }
-  return "no error";
-}
-
-bool contains(const std::string& text, const char* part) {
-  return text.find(part) != std::string::npos;
-}
-
-}  // namespace
-
 TEST_CASE("an error names the call, CUDA's words and what to do") {
-  World w;
+  CudaWorld w;
   for (const auto& [function, code, advice] :
        std::vector<std::tuple<const char*, int, const char*>>{
            {"cudaStreamCreateWithFlags", kOutOfMemory, "free device memory"},
            {"cudaStreamCreateWithFlags", 35, "update the NVIDIA driver"},
            {"cudaStreamCreateWithFlags", 100, "no CUDA device"},
+           {"cudaStreamCreateWithFlags", 209, "compute capability"},
            {"cudaStreamCreateWithFlags", 400, "another device's"}}) {
     w.runtime->fail(function, code);
     const std::string text = message([&] { w.device->make_stream(); });
@@ -85,7 +41,7 @@ TEST_CASE("a call that fails leaves the device usable, whichever it is") {
                                "cudaMemcpyAsync", "cudaMemcpyBatchAsync", "transfer_blocks"}) {
     for (const CopyMethod method : kCopyMethods) {
       CAPTURE(function);
-      World w;
+      CudaWorld w;
       w.device->methods().always(method);
       std::byte* const host = w.device->allocate_host(4096);
       std::vector<std::byte> memory(4096, std::byte{7});
@@ -121,7 +77,7 @@ TEST_CASE("a call that fails leaves the device usable, whichever it is") {
 }
 
 TEST_CASE("runs that were enqueued before one was refused have ended when the refusal is told") {
-  World w;
+  CudaWorld w;
   w.device->methods().always(CopyMethod::loop);
   std::byte* const host = w.device->allocate_host(4096);
   std::vector<std::byte> memory(4096, std::byte{7});
@@ -138,7 +94,7 @@ TEST_CASE("an error that CUDA does not get over makes the device lost, and close
   for (const char* function : {"cudaEventQuery", "cudaEventRecord", "cudaMemcpyAsync",
                                "cudaStreamWaitEvent", "cudaEventSynchronize", "cudaSetDevice"}) {
     CAPTURE(function);
-    World w;
+    CudaWorld w;
     w.device->methods().always(CopyMethod::loop);
     std::byte* const host = w.device->allocate_host(4096);
     std::vector<std::byte> memory(4096);
@@ -171,7 +127,7 @@ TEST_CASE("an error that CUDA does not get over makes the device lost, and close
 }
 
 TEST_CASE("streams and events of others are refused") {
-  World w;
+  CudaWorld w;
   CudaStream other = nullptr;
   REQUIRE(w.runtime->set_device(1) == 0);
   REQUIRE(w.runtime->create_stream(&other) == 0);
@@ -191,7 +147,7 @@ TEST_CASE("streams and events of others are refused") {
 TEST_CASE("no slice of the ring is rewritten before its upload and its readers have ended") {
   const Watchdog watchdog(60);
   for (std::uint64_t seed = 0; seed < 40; ++seed) {
-    World w(seed == 0 ? Schedule::lazy : Schedule::random, seed, {.ring_bytes = 1024});
+    CudaWorld w(seed == 0 ? Schedule::lazy : Schedule::random, seed, {.ring_bytes = 1024});
     CudaStream streams[2] = {nullptr, nullptr};
     REQUIRE(w.runtime->create_stream(&streams[1]) == 0);
     std::vector<int> found(64, -1);
@@ -221,7 +177,7 @@ TEST_CASE("no slice of the ring is rewritten before its upload and its readers h
 }
 
 TEST_CASE("host memory is locked where it is used, ahead of that, or not at all") {
-  World w;
+  CudaWorld w;
   std::byte* const host = w.device->allocate_host(3 * 8192 + 100);
   const std::size_t rings = 2 * w.device->ring().capacity();
   CHECK(w.runtime->num_registered_bytes() == rings);
@@ -262,7 +218,7 @@ TEST_CASE("host memory is locked where it is used, ahead of that, or not at all"
 TEST_CASE("no copy reaches from one locked chunk into the next, whatever the method") {
   for (const CopyMethod method : kCopyMethods) {
     for (const bool out : {true, false}) {
-      World w;  // chunks of 8192 bytes
+      CudaWorld w;  // chunks of 8192 bytes
       w.device->methods().always(method);
       constexpr std::size_t kBytes = 3 * 8192;
       std::byte* const host = w.device->allocate_host(kBytes);
@@ -286,7 +242,7 @@ TEST_CASE("no copy reaches from one locked chunk into the next, whatever the met
 
 TEST_CASE("a kernel copies only where all memory is locked") {
   for (const bool locked_last : {true, false}) {
-    World w;
+    CudaWorld w;
     w.device->methods().always(CopyMethod::kernel);
     std::byte* const one = w.device->allocate_host(4096);
     std::byte* const other = w.device->allocate_host(4096);
@@ -311,63 +267,8 @@ TEST_CASE("a kernel copies only where all memory is locked") {
   }
 }
 
-TEST_CASE("where there is no memory for staging, copies go without") {
-  World w;
-  w.device->methods().always(CopyMethod::staged);
-  std::byte* const host = w.device->allocate_host(4096);
-  std::vector<std::byte> memory(4096, std::byte{7});
-  const Stream stream = w.device->make_stream();
-  const std::vector<CopyRun> runs{{host, memory.data() + 1024, 512},
-                                  {host + 512, memory.data(), 512}};
-  const auto copied = [&] {
-    w.device->copy(stream, runs);
-    const Event end = w.device->record(stream);
-    CHECK(w.device->wait(end) == Status::done);
-    w.device->recycle(end);
-    return w.runtime->num_calls("transfer_blocks");
-  };
-  w.runtime->fail("cudaMalloc", kOutOfMemory);
-  CHECK(copied() == 0);
-  CHECK(copied() == 1);
-  CHECK(host[1023] == std::byte{7});
-  w.device->free_host(host, 4096);
-  w.check_nothing_left();
-}
-
-TEST_CASE("calibration tries every method in both directions, and gives everything back") {
-  for (const bool has_batch : {true, false}) {
-    CudaOptions options = kSmall;
-    options.staging_bytes = options.calibration_bytes;  // so that a round is enough
-    World w(Schedule::random, 1, options, has_batch);
-    constexpr int kMeasured = 2 * 8 * 3;  // directions, sizes and numbers that fit, rounds
-    const std::size_t registered = w.runtime->num_registered_bytes();
-    w.device->calibrate();
-    CHECK(w.runtime->num_calls("transfer_blocks") == 2 * kMeasured);  // direct, and staged
-    CHECK(w.runtime->num_calls("cudaMemcpyBatchAsync") == (has_batch ? kMeasured : 0));
-    CHECK(w.runtime->num_registered_bytes() == registered);
-    w.runtime->fail("cudaMalloc", kOutOfMemory);
-    CHECK(contains(message([&] { w.device->calibrate(); }), "cudaMalloc"));
-    CHECK(w.runtime->num_registered_bytes() == registered);
-    w.check_nothing_left();
-  }
-}
-
-TEST_CASE("a method that is refused, or cannot reach the memory, is not chosen") {
-  World w(Schedule::eager);
-  w.runtime->fail("cudaMemcpyBatchAsync", 801);
-  w.device->calibrate();
-  CHECK(contains(w.device->methods().table(), "  0.0"));
-  const std::int64_t launches = w.runtime->num_calls("transfer_blocks");
-  w.runtime->limit_registered(w.runtime->num_registered_bytes());
-  w.device->calibrate();
-  CHECK(w.runtime->num_calls("transfer_blocks") == launches);
-  CHECK(!contains(w.device->methods().table(), "      kernel"));
-  w.runtime->fail("cudaMemcpyAsync", kIllegalAddress);
-  CHECK(contains(message([&] { w.device->calibrate(); }), "restart"));
-}
-
 TEST_CASE("a batch is never asked for on the legacy stream") {
-  World w;
+  CudaWorld w;
   std::byte* const host = w.device->allocate_host(4096);
   std::vector<std::byte> memory(4096, std::byte{7});
   const std::vector<CopyRun> runs{{memory.data(), host, 10}, {memory.data() + 20, host + 20, 10}};

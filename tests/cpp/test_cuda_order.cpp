@@ -16,12 +16,12 @@
 #include "cuda/cuda_device.h"
 #include "cuda/cuda_pool.h"
 #include "cuda/simulated_runtime.h"
+#include "cuda_world.h"
 
 using namespace pagedkv;
 
 namespace {
 
-constexpr int kOutOfMemory = 2;
 constexpr std::size_t kChunk = 8192;
 
 struct Machine {
@@ -41,17 +41,6 @@ struct Machine {
       SimulatedOptions{.schedule = Schedule::lazy}, /*num_devices=*/2);
   std::shared_ptr<CudaDevice> device;
 };
-
-std::string error_of(auto&& call) {
-  try {
-    call();
-  } catch (const DeviceError& error) {
-    return error.what();
-  }
-  return "";
-}
-
-bool has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
 
 }  // namespace
 
@@ -144,11 +133,11 @@ TEST_CASE("a stream that is being captured gets no transfers, and its capture su
   const Event before = m.device->record(m.device->compute_stream());
   m.runtime->capture(stream, true);
   const auto num_refused = m.runtime->num_calls("cudaEventRecord");
-  CHECK(has(error_of([&] { m.device->compute_stream(); }), "captured"));
-  CHECK(has(
-      error_of([&] { m.device->ring().upload(stream, 64, [](std::byte*) {}, [](std::byte*) {}); }),
+  CHECK(contains(message([&] { m.device->compute_stream(); }), "captured"));
+  CHECK(contains(
+      message([&] { m.device->ring().upload(stream, 64, [](std::byte*) {}, [](std::byte*) {}); }),
       "captured"));
-  CHECK(has(error_of([&] { m.device->wait(before); }), "captured"));
+  CHECK(contains(message([&] { m.device->wait(before); }), "captured"));
   CHECK(m.device->poll(before) == Status::pending);  // nobody is told that it has failed
   CHECK(m.runtime->num_calls("cudaEventRecord") == num_refused);
   CHECK(m.runtime->num_calls("cudaEventQuery") == 0);
@@ -165,7 +154,7 @@ TEST_CASE("while another stream is being captured, events are late, and the devi
   const CudaStream others = m.callers_stream();
   m.runtime->capture(others, true);
   CHECK(m.device->poll(event) == Status::pending);
-  CHECK(has(error_of([&] { m.device->wait(event); }), "captured"));
+  CHECK(contains(message([&] { m.device->wait(event); }), "captured"));
   m.runtime->capture(others, false);
   CHECK(m.device->wait(event) == Status::done);
   m.device->recycle(event);
@@ -185,7 +174,7 @@ TEST_CASE("a question about an event that is refused says nothing about its copi
   CHECK(m.device->poll(event) == Status::pending);
   CHECK(m.num_pending() > 0);
   m.runtime->fail("cudaEventSynchronize", kOutOfMemory);
-  CHECK(has(error_of([&] { m.device->wait(event); }), "cudaEventSynchronize"));
+  CHECK(contains(message([&] { m.device->wait(event); }), "cudaEventSynchronize"));
   CHECK(m.device->wait(event) == Status::done);
   CHECK(std::ranges::equal(memory, std::span(host, 4096)));
   m.device->recycle(event);
@@ -212,13 +201,16 @@ TEST_CASE("kernels whose arrays are on the device already can be captured") {
   pool.synchronize();
 
   m.runtime->capture(stream, true);
-  CHECK(has(error_of([&] { pool.begin_step(plan); }), "captured"));
-  const std::int64_t own[] = {2};
-  CHECK(has(error_of([&] { pool.scatter(0, own, source.data(), 64); }), "captured"));
-  const std::int64_t* slots = plan.slots;
+  CHECK(contains(message([&] { pool.begin_step(plan); }), "captured"));
+  const BlockCopy copy{BlockId{0}, BlockId{1}, 1};
+  StepPlan other;
+  other.copies = {&copy, 1};
+  CHECK(contains(message([&] { pool.apply(other); }), "captured"));
   m.runtime->capture(stream, false);
   pool.begin_step(plan);
   m.runtime->capture(stream, true);
+  const auto* slots =
+      reinterpret_cast<const std::int64_t*>(pool.step().address(StepMemory::Array::slots));
   pool.write(0, {slots, 2}, source.data(), 64, source.data(), 64);
   m.runtime->capture(stream, false);
   pool.synchronize();
@@ -267,7 +259,7 @@ TEST_CASE("a slice that no event guards is not given to anybody before its uploa
   for (const bool used : {true, false}) {
     Machine m;
     m.runtime->fail("cudaEventRecord", kOutOfMemory);
-    CHECK_FALSE(error_of([&] {
+    CHECK_FALSE(message([&] {
                   m.device->ring().upload(
                       nullptr, 64, [](std::byte* to) { std::memset(to, 1, 64); },
                       [&](std::byte*) {
@@ -287,7 +279,7 @@ TEST_CASE("a ring that cannot grow stays as it was") {
   };
   upload(64);
   m.runtime->fail("cudaMalloc", kOutOfMemory);
-  CHECK(has(error_of([&] { upload(3000); }), "free device memory"));
+  CHECK(contains(message([&] { upload(3000); }), "free device memory"));
   CHECK(m.device->ring().capacity() == 1024);
   CHECK(m.runtime->num_allocations() == 2);
   upload(64);
@@ -302,7 +294,8 @@ TEST_CASE("time is told of events that have ended, and of no others") {
   Machine m;
   const Stream stream = m.device->make_stream();
   const Event first = m.device->record(stream), second = m.device->record(stream);
-  CHECK(has(error_of([&] { m.device->seconds_between(first, second); }), "cudaEventElapsedTime"));
+  CHECK(
+      contains(message([&] { m.device->seconds_between(first, second); }), "cudaEventElapsedTime"));
   CHECK(m.device->wait(second) == Status::done);
   CHECK(m.device->seconds_between(first, second) > 0);
   m.device->recycle(first);
@@ -327,7 +320,7 @@ TEST_CASE("a forked child gets errors, and leaves CUDA alone") {
   REQUIRE(child >= 0);
   if (child == 0) {
     int wrong = 0;
-    const auto expect_refusal = [&](auto&& call) { wrong += !has(error_of(call), "fork"); };
+    const auto expect_refusal = [&](auto&& call) { wrong += !contains(message(call), "fork"); };
     expect_refusal([&] { m.device->use_stream(nullptr); });
     expect_refusal([&] { m.device->compute_stream(); });
     expect_refusal([&] { m.device->make_stream(); });

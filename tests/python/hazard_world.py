@@ -213,10 +213,11 @@ class World:
             for i in ids:
                 text = self.texts[i]
                 assert self.kv.length(i) == len(text.tokens)
-                table = self.kv.manager.block_table(i)[None]
-                lens = np.array([len(text.tokens)], np.int32)
+                table = torch.from_numpy(self.kv.manager.block_table(i)[None]).to(self.kv.device)
+                length = len(text.tokens)
+                lens = torch.tensor([length], dtype=torch.int32, device=self.kv.device)
                 for layer in range(NUM_LAYERS):
-                    halves = self.kv.gather_blocks(layer, table, 0, lens)
+                    halves = self.kv.gather_blocks(layer, table, 0, lens, length)
                     self.compare_row(layer, halves, 0, text, f"sequence {i}")
 
     def compare(self, step: Any, texts: list[Text]) -> None:

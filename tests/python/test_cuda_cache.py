@@ -155,6 +155,49 @@ def test_a_step_is_on_the_device_as_its_plan_says() -> None:
         assert w.cuda.violations == []
 
 
+def test_a_step_of_beams_goes_up_in_one_copy_however_many_layers_attend() -> None:
+    with CudaWorld(1, "eager", device_blocks=60) as w:
+        a = w.admit(list(range(11)))
+        ids = w.kv.fork(a, 4)
+        for n in range(3):
+            before = w.cuda.num_calls("cudaMemcpyAsync")
+            with w.kv.step(ids, [n] * 4) as step:
+                k = torch.randn(4, 1, 4)
+                for layer in (0, 1):
+                    w.kv.write(layer, k, k, step)
+                    w.kv.attention(layer, k, step)
+            assert w.cuda.num_calls("cudaMemcpyAsync") == before + 1
+        assert w.cuda.violations == []
+
+
+def test_a_plan_that_was_not_begun_is_applied_as_it_is() -> None:
+    spec = pk.KVSpec(2, 1, 4, "float32", 4)
+    caches = [
+        pk.KVCache(spec, num_device_blocks=30, max_batch=4, device=device)
+        for device in ("cpu", CudaDevice(SimulatedCuda(1)))
+    ]
+    for kv in caches:
+        seq = kv.create()
+        with kv.step([seq], counts=[6]) as step:
+            for layer in (0, 1):
+                k = torch.arange(24.0).view(6, 1, 4) + 100 * layer
+                kv.write(layer, k, -k, step)
+        ids = kv.fork(seq, 3)
+        with kv.step(ids[:1]) as step:  # a copy of its own, of which the GPU has the row
+            for layer in (0, 1):
+                kv.write(layer, torch.ones(1, 1, 4), torch.ones(1, 1, 4), step)
+        plan = kv.manager.append(ids[1:])
+        assert plan.num_copies == 1
+        kv.apply(plan)
+        kv.machine.land()
+        kv.manager.commit(plan)
+    for layer in (0, 1):
+        one, other = (kv.k(layer)[1:5] for kv in caches)
+        assert torch.equal(one[:, :2], other[:, :2])
+    for kv in caches:
+        kv.close()
+
+
 def test_a_larger_step_than_the_device_keeps_arrays_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pagedkv.machine.MAX_STEP_TOKENS", 4)
     with CudaWorld(1, "lazy", device_blocks=60, max_batch=2) as w:

@@ -113,6 +113,24 @@ def test_attention_reads_with_the_scales(softcap: float | None, shared: bool) ->
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_products_of_float16_with_what_is_stored_do_not_overflow(num_rows: int) -> None:
+    k, q = torch.full((5, *SHAPE), 8.0), torch.full((num_rows, 2, SHAPE[1]), 30.0)
+    with cache("float8_e4m3fn", scales=[(0.02, 1.0)] * 2) as kv:
+        seqs = kv.fork(write(kv, k[:4], k[:4]), num_rows)
+        with kv.step(seqs) as step:
+            kv.write(0, k[:1].expand(num_rows, -1, -1), k[:1].expand(num_rows, -1, -1), step)
+            found = kv.attention(0, q.half(), step)
+    assert (30 * 8 / 0.02) * SHAPE[1] > torch.finfo(torch.float16).max
+    assert torch.equal(found, torch.full_like(found, 8.0))
+
+
+def test_generate_has_no_scales_so_a_paged_cache_refuses_8_bits() -> None:
+    pytest.importorskip("transformers")
+    with cache("float8_e4m3fn") as kv, pytest.raises(pk.InvalidSpec, match="layer 0 is stored"):
+        pk.PagedCache(kv)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_is_in_8_bits_already_is_stored_as_it_is(device: str) -> None:
     form = torch.float8_e5m2
@@ -135,6 +153,8 @@ def test_what_is_in_8_bits_already_is_stored_as_it_is(device: str) -> None:
         ("float8_e4m3fn", [(1.0, 1.0), "ab"], r"scales\[1\]"),
         ("float8_e4m3fn", [(1.0, 0.0), (1.0, 1.0)], "positive"),
         ("float8_e4m3fn", [(float("nan"), 1.0), (1.0, 1.0)], "positive"),
+        ("float8_e4m3fn", [(1e-50, 1.0), (1.0, 1.0)], "positive"),
+        ("float8_e4m3fn", [(1.0, 1.0), (1.0, 1e39)], "positive"),
         ("bfloat16", [(1.0, 2.0), (1.0, 1.0)], "stored as bfloat16"),
     ],
 )

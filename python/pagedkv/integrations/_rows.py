@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from pagedkv.cache import KVCache
 from pagedkv.errors import InvalidSpec, InvalidState, NotResident, TransferError
+from pagedkv.spec import DTYPE_BYTES
 from pagedkv.step import Step
 from pagedkv.transfers import Transfer
 
@@ -56,6 +57,12 @@ class Rows:
     """Sequences `ids` of `kv`, each of `length` tokens; at most one step is open."""
 
     def __init__(self, kv: KVCache) -> None:
+        for i, layer in enumerate(kv.spec.layers):
+            if DTYPE_BYTES[layer.dtype] == 1:
+                raise InvalidSpec(
+                    f"layer {i} is stored as {layer.dtype}, which a model's own attention cannot "
+                    "read: expected the model's dtype"
+                )
         self.kv = kv
         self.open_step: OpenStep | None = None
         self.num_hit_tokens = 0
