@@ -1,8 +1,9 @@
 """Synthetic loads: lengths with the published means of ShareGPT and Alpaca.
 
-Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023,
-give the mean lengths only (Figure 11). Lengths here are lognormal. Their spread is calibrated: for
-ShareGPT on Figure 2, for Alpaca, which is not in it, on the first bar of Figure 15 (two samples).
+Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention",
+2023, give the mean lengths only (Figure 11). Lengths here are lognormal. Their spread is
+calibrated: for ShareGPT on Figure 2; for Alpaca, which is not in it, on the first bar of Figure 15,
+two samples.
 """
 
 from __future__ import annotations
@@ -78,9 +79,5 @@ def synthetic_trace(name: str, num_requests: int = 2000, seed: int = 0) -> Trace
         raise InvalidSpec(f"num_requests is {num_requests}, expected 1 or more")
     model = SYNTHETIC[name]
     inputs, outputs = model.draw(num_requests, seed)
-    requests = (
-        Request(0.0, i, o) for i, o in zip(inputs.tolist(), outputs.tolist(), strict=True)
-    )
+    requests = (Request(0.0, i, o) for i, o in zip(inputs.tolist(), outputs.tolist(), strict=True))
     return Trace(f"synthetic:{name}", tuple(requests), max_model_len=model.max_model_len)
-
-

@@ -38,7 +38,7 @@ def token_runs(trace: Trace) -> dict[int, int]:
 def prompt_tokens(
     hash_ids: tuple[int, ...], runs: dict[int, int], hash_block_size: int
 ) -> NDArray[np.int32]:
-    """int32 [len(hash_ids) * hash_block_size]: equal where the hash ids are equal, and only there."""
+    """int32 [len(hash_ids) * hash_block_size], equal where the hash ids are and only there."""
     return np.repeat(np.array([runs[h] for h in hash_ids], np.int32), hash_block_size)
 
 

@@ -98,7 +98,8 @@ class Scheduler:
         copied = self._memory.num_copied_blocks - num_copied
         if num_tokens or copied:
             usage = self._usage()
-            self._spend(self._service.token_seconds * num_tokens + self._copying(copied), usage, usage)
+            seconds = self._service.token_seconds * num_tokens + self._copying(copied)
+            self._spend(seconds, usage, usage)
 
     def _step(self) -> None:
         """Steps up to the next end, or the next arrival if the queue is empty."""
@@ -128,11 +129,11 @@ class Scheduler:
 
     def _preempt(self) -> None:
         assert len(self._running) > 1, "a request that runs alone fits"
-        work, num_copied = self._running.pop(), self._memory.num_copied_blocks
-        usage = self._usage()
+        work, usage = self._running[-1], self._usage()
+        num_copied = self._memory.num_copied_blocks
         self._memory.preempt(work)
         self._spend(self._copying(self._memory.num_copied_blocks - num_copied), usage, usage)
-        self._queue.appendleft(work)
+        self._queue.appendleft(self._running.pop())
         self._num_preempted += 1
         self._short = True
 
@@ -196,9 +197,7 @@ class Integral:
 
     def add(self, now: float, seconds: float, before: Usage, after: Usage, batch: int) -> None:
         self.max_batch = max(self.max_batch, batch)
-        values = [
-            (getattr(before, name) + getattr(after, name)) / 2 for name in self._NAMES[:-1]
-        ]
+        values = [(getattr(before, name) + getattr(after, name)) / 2 for name in self._NAMES[:-1]]
         self._sums = self._sums + seconds * np.array([*values, batch])
         self._seconds += seconds
         self.num_slots = sum(getattr(after, name) for name in CATEGORIES)

@@ -35,8 +35,9 @@ class ServiceModel:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = "above 0" if field.name in ("step_seconds", "copy_bandwidth") else "of 0 or more"
-            if not (value > 0 or (value == 0 and least == "of 0 or more")) or math.isinf(value):
+            may_be_0 = field.name in ("context_seconds", "token_seconds")
+            if not (value > 0 or (value == 0 and may_be_0)) or math.isinf(value):
+                least = "of 0 or more" if may_be_0 else "above 0"
                 raise InvalidSpec(f"{field.name} is {value}, expected a number {least}")
 
     @classmethod

@@ -77,7 +77,7 @@ class SimulationSetting:
                 "sequences of a request"
             )
         if self.preempt not in ("auto", "swap", "recompute"):
-            raise InvalidSpec(f'preempt is {self.preempt!r}, expected "auto", "swap" or "recompute"')
+            raise InvalidSpec(f"preempt is {self.preempt!r}, expected auto, swap or recompute")
 
     @property
     def num_sequences(self) -> int:

@@ -88,7 +88,8 @@ class Trace:
         return replace(self, requests=tuple(moved))
 
     def first(self, num_requests: int | None) -> Trace:
-        return self if num_requests is None else replace(self, requests=self.requests[:num_requests])
+        """Only so many of the requests; all if it is None."""
+        return replace(self, requests=self.requests[:num_requests])
 
 
 def read_trace(path: str | Path, *, skip_broken: bool = False, hash_block_size: int = 512) -> Trace:

@@ -58,16 +58,12 @@ def simulate(
     if max_model_len is None:
         max_model_len = max(request.num_tokens for request in trace.requests)
     sizes = hit_rates(trace, cache_sizes, progress=progress) if cache_sizes else ()
-    reports = tuple(
-        _run(name, trace, setting, service, max_model_len, progress) for name in names
-    )
-    return SimulationReport(
-        TraceSummary.of(trace), setting, service, max_model_len, reports, sizes
-    )
+    reports = tuple(_run(name, trace, setting, service, max_model_len, progress) for name in names)
+    return SimulationReport(TraceSummary.of(trace), setting, service, max_model_len, reports, sizes)
 
 
 def default_policies(trace: Trace, setting: SimulationSetting) -> tuple[str, ...]:
-    """All, but "sharing" without samples or beams, and "prefix" on a trace that names no content."""
+    """All that differ: "sharing" needs samples or beams, "prefix" hash ids, "swap" a host tier."""
     left_out = {"sharing"} if setting.num_sequences == 1 else set()
     left_out |= set() if trace.has_hash_ids else {"prefix"}
     left_out |= set() if setting.num_host_blocks else {"swap"}
