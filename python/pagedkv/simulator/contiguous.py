@@ -62,6 +62,7 @@ class ContiguousMemory:
         self._policy, self._num_slots = policy, num_slots
         self._max_model_len, self._num_sequences = max_model_len, num_sequences
         self._buddy = Buddy(num_slots)
+        self._num_held = 0
 
     def reserved(self, request: Request) -> int:
         """Slots that a sequence of this request is given."""
@@ -79,13 +80,14 @@ class ContiguousMemory:
 
     def admit(self, work: Work) -> int | None:
         size = self.reserved(work.request)
-        for _ in range(work.num_sequences):
+        for _ in range(self._num_sequences):
             start = self._buddy.take(size)
             if start is None:
                 self.release(work)
                 return None
             work.chunks.append((start, size))
-        return work.num_sequences * work.length
+            self._num_held += size
+        return self._num_sequences * work.length
 
     def advance(self, running: list[Work], num_steps: int) -> int:
         return num_steps
@@ -96,12 +98,13 @@ class ContiguousMemory:
     def release(self, work: Work) -> None:
         for start, size in work.chunks:
             self._buddy.give(start, size)
+            self._num_held -= size
         work.chunks.clear()
 
     def usage(self, running: list[Work], short: bool) -> Usage:
-        held = sum(size for work in running for _, size in work.chunks)
-        tokens = sum(work.num_sequences * work.length for work in running)
-        future = sum(work.num_sequences * work.remaining for work in running)
+        held = self._num_held
+        tokens = self._num_sequences * sum([work.length for work in running])
+        future = self._num_sequences * sum([work.remaining for work in running])
         rest = self._num_slots - held
         return Usage(
             tokens=tokens,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,30 +15,25 @@ __all__ = ["CATEGORIES", "Memory", "Usage", "Work"]
 CATEGORIES = ("tokens", "reservation", "internal", "external", "cached", "free")
 
 
-@dataclass(eq=False)
 class Work:
-    """A request on its way: how far it is, and what of the memory is its own.
+    """A request on its way.
 
-    `ids` are the manager's sequences; `chunks` the (start, slots) of contiguous ones. `on_host`:
-    it was swapped out.
+    Attributes:
+        length: tokens in each of its sequences.
+        remaining: tokens that each of them still generates.
+        chunks: (start, slots) of each sequence, in a contiguous memory.
+        ids: the manager's sequences, in a paged one.
+        on_host: it was swapped out.
     """
 
-    request: Request
-    num_sequences: int
-    generated: int = 0
-    admitted: bool = False
-    on_host: bool = False
-    chunks: list[tuple[int, int]] = field(default_factory=list)
-    ids: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    __slots__ = ("admitted", "chunks", "ids", "length", "on_host", "remaining", "request")
 
-    @property
-    def length(self) -> int:
-        """Tokens in each of its sequences."""
-        return self.request.input_length + self.generated
-
-    @property
-    def remaining(self) -> int:
-        return self.request.output_length - self.generated
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.length, self.remaining = request.input_length, request.output_length
+        self.admitted = self.on_host = False
+        self.chunks: list[tuple[int, int]] = []
+        self.ids: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ class Memory(Protocol):
     def advance(self, running: list[Work], num_steps: int) -> int:
         """One token more for every sequence, `num_steps` times or until memory is short: how often.
 
-        The scheduler counts `generated` up.
+        The scheduler counts the lengths up.
         """
 
     def preempt(self, work: Work) -> None:

@@ -51,6 +51,7 @@ class PagedMemory:
     ) -> None:  # fmt: skip
         self.num_hit_tokens = self.num_copied_blocks = 0
         self._setting, self._service, self._trace = setting, service, trace
+        self._num_sequences = setting.num_sequences
         self._shares = policy != "paged"
         self._swaps = policy == "swap" and setting.num_host_blocks > 0
         self._runs = token_runs(trace) if policy in ("prefix", "swap") else {}
@@ -75,13 +76,14 @@ class PagedMemory:
         num_before = self.num_hit_tokens
         sequences = [self._create(work.request)]
         if not self._shares:
-            sequences += [self._create(work.request) for _ in range(work.num_sequences - 1)]
+            sequences += [self._create(work.request) for _ in range(self._num_sequences - 1)]
         work.ids = np.array(sequences)
         try:
             computed = sum(self._prefill(id, work) for id in sequences)
-            if work.generated:
+            generated = work.length - work.request.input_length
+            if generated:
                 self._fork(work)
-                counts = np.full(len(work.ids), work.generated)
+                counts = np.full(len(work.ids), generated)
                 manager.commit(manager.append(work.ids, counts=counts))
                 computed += int(counts.sum())
         except OutOfBlocks:
@@ -93,8 +95,9 @@ class PagedMemory:
         return computed
 
     def advance(self, running: list[Work], num_steps: int) -> int:
-        for work in running:
-            self._fork(work)
+        if self._num_sequences > 1:
+            for work in running:
+                self._fork(work)
         ids = np.concatenate([work.ids for work in running])
         if self._setting.beams > 1 and self._shares:
             return self._advance_beams(ids, num_steps)
@@ -131,11 +134,12 @@ class PagedMemory:
     def usage(self, running: list[Work], short: bool) -> Usage:
         size = self._setting.block_size
         stats = self._manager.stats()
-        empty = reservation = 0
-        for work in running:
-            open_slots = -work.length % size
-            empty += len(work.ids) * open_slots
-            reservation += len(work.ids) * min(open_slots, work.remaining)
+        lengths = np.array([work.length for work in running], np.int64)
+        remaining = np.array([work.remaining for work in running], np.int64)
+        num_sequences = np.array([len(work.ids) for work in running], np.int64)
+        open_slots = -lengths % size
+        empty = int(num_sequences @ open_slots)
+        reservation = int(num_sequences @ np.minimum(open_slots, remaining))
         held = stats.device.num_active * size
         return Usage(
             tokens=held - empty,
@@ -144,13 +148,13 @@ class PagedMemory:
             external=0,  # any free block serves anybody
             cached=stats.device.num_cached * size,
             free=stats.device.num_free * size,
-            unshared=sum(len(work.ids) * -(-work.length // size) for work in running) * size,
+            unshared=int(num_sequences @ (lengths + open_slots)),
             held=held,
         )
 
     def _most_blocks(self, request: Request, length: int) -> int:
         """Blocks of a request whose sequences have this length, if they share the prompt alone."""
-        size, n = self._setting.block_size, self._setting.num_sequences
+        size, n = self._setting.block_size, self._num_sequences
         shared = request.input_length // size if self._shares else 0
         return shared + n * (-(-length // size) - shared)
 
@@ -178,8 +182,8 @@ class PagedMemory:
 
     def _fork(self, work: Work) -> None:
         """The samples or beams of a request part before their first own token."""
-        if len(work.ids) < work.num_sequences:
-            work.ids = self._manager.fork(int(work.ids[0]), work.num_sequences)
+        if len(work.ids) < self._num_sequences:
+            work.ids = self._manager.fork(int(work.ids[0]), self._num_sequences)
 
     def _advance_beams(self, ids: _Ids, num_steps: int) -> int:
         """Every beam goes on from itself or, with probability beam_switch, from any of its request.

@@ -49,7 +49,7 @@ class Scheduler:
         self._num_requests = len(requests)
         self._num_too_long, self._num_refused = sum(long), len(holds) - sum(holds)
         self._arriving = deque(
-            Work(r, setting.num_sequences)
+            Work(r)
             for r, is_long, held in zip(requests, long, holds, strict=True)
             if held and not is_long
         )
@@ -105,8 +105,8 @@ class Scheduler:
         """Steps up to the next end, or the next arrival if the queue is empty."""
         running = self._running
         num_sequences = self._num_running()
-        context = sum(work.num_sequences * work.length for work in running)
-        steps = min(work.remaining for work in running)
+        context = self._setting.num_sequences * sum([work.length for work in running])
+        steps = min([work.remaining for work in running])
         if self._arriving and not self._queue:
             until = self._arriving[0].request.arrival - self._now
             steps = min(steps, self._service.num_steps(until, num_sequences, context))
@@ -116,7 +116,8 @@ class Scheduler:
             self._preempt()
             return
         for work in running:
-            work.generated += done
+            work.length += done
+            work.remaining -= done
         seconds = self._service.steps_seconds(done, num_sequences, context)
         self._spend(seconds, before, self._usage())
         ended = [work for work in running if work.remaining == 0]
