@@ -74,9 +74,9 @@ class Memory(Protocol):
         """Take memory for a request; the tokens to be computed, or None if there is no room now."""
 
     def advance(self, running: list[Work], num_steps: int) -> int:
-        """One token more for every sequence, `num_steps` times or until memory is short: how often.
+        """One token more for every sequence, up to `num_steps` times: how often it was done.
 
-        The scheduler counts the lengths up.
+        0 if memory is short even for one. The scheduler counts the lengths up.
         """
 
     def preempt(self, work: Work) -> None:

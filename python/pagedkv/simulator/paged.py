@@ -95,9 +95,8 @@ class PagedMemory:
         return computed
 
     def advance(self, running: list[Work], num_steps: int) -> int:
-        if self._num_sequences > 1:
-            for work in running:
-                self._fork(work)
+        if self._num_sequences > 1 and any([self._fork(work) for work in running]):
+            num_steps = min(num_steps, 1)  # memory jumps where they part: a step of its own
         ids = np.concatenate([work.ids for work in running])
         if self._setting.beams > 1 and self._shares:
             return self._advance_beams(ids, num_steps)
@@ -180,10 +179,12 @@ class PagedMemory:
         self.num_hit_tokens += hit
         return count
 
-    def _fork(self, work: Work) -> None:
-        """The samples or beams of a request part before their first own token."""
-        if len(work.ids) < self._num_sequences:
+    def _fork(self, work: Work) -> bool:
+        """The samples or beams of a request part before their first own token: if they do now."""
+        parts = len(work.ids) < self._num_sequences
+        if parts:
             work.ids = self._manager.fork(int(work.ids[0]), self._num_sequences)
+        return parts
 
     def _advance_beams(self, ids: _Ids, num_steps: int) -> int:
         """Every beam goes on from itself or, with probability beam_switch, from any of its request.

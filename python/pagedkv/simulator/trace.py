@@ -7,6 +7,7 @@ import gzip
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -128,13 +129,14 @@ def read_trace(path: str | Path, *, skip_broken: bool = False, hash_block_size: 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """(line number, its fields by name in lower case, or ValueError's text) of every line."""
     try:
-        text = path.read_bytes()
-        if text[:2] == b"\x1f\x8b":
-            text = gzip.decompress(text)
-        lines = text.decode("utf-8-sig").splitlines()
-    except OSError as error:
-        raise InvalidSpec(f"trace {path}: {error.strerror or error}") from None
-    except (EOFError, UnicodeDecodeError, ValueError):
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+        raise InvalidSpec(f"trace {path}: {getattr(error, 'strerror', error)}") from None
+    try:
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        lines = data.decode("utf-8-sig").splitlines()
+    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError):
         raise InvalidSpec(f"trace {path} is neither text in UTF-8 nor gzip of it") from None
     first = next((line for line in lines if line.strip()), "")
     return _json_rows(lines) if first.lstrip()[:1] in "{[" else _csv_rows(lines, path)
