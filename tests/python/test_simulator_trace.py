@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -128,9 +129,8 @@ def test_a_broken_line_is_named_or_left_out(tmp_path: Path, line: str, words: st
     ],
 )
 def test_broken_files(tmp_path: Path, text: str | bytes, words: str) -> None:
-    with pytest.raises(InvalidSpec, match=".") as caught:
+    with pytest.raises(InvalidSpec, match=re.escape(words)):
         read_trace(write(tmp_path, text))
-    assert words in str(caught.value)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -149,9 +149,7 @@ def test_a_trace_of_broken_lines_only_is_refused(tmp_path: Path) -> None:
 
 @settings(deadline=None)
 @given(
-    st.lists(
-        st.tuples(st.floats(0, 1e6), st.integers(1, 10**6), st.integers(0, 10**6)), min_size=1
-    )
+    st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 10**6), st.integers(0, 10**6)), min_size=1)
 )
 def test_what_was_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows: list) -> None:
     """In both formats, in the order of arrival."""
@@ -172,6 +170,7 @@ def test_any_bytes_are_a_trace_or_a_message(
 ) -> None:
     path = write(tmp_path_factory.mktemp("bytes"), b"input_length,output_length\n" + data)
     try:
-        assert read_trace(path, skip_broken=True).requests
+        message = "" if read_trace(path, skip_broken=True).requests else "no requests"
     except InvalidSpec as error:
-        assert str(path) in str(error)
+        message = str(error).replace(str(path), "")
+    assert message == "" or re.search("line|no request|neither text", message)

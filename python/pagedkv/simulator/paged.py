@@ -95,8 +95,9 @@ class PagedMemory:
         return computed
 
     def advance(self, running: list[Work], num_steps: int) -> int:
-        if self._num_sequences > 1 and any([self._fork(work) for work in running]):
-            num_steps = min(num_steps, 1)  # memory jumps where they part: a step of its own
+        if self._num_sequences > 1:
+            parted = [self._fork(work) for work in running]
+            num_steps = min(num_steps, 1) if any(parted) else num_steps  # memory jumps there
         ids = np.concatenate([work.ids for work in running])
         if self._setting.beams > 1 and self._shares:
             return self._advance_beams(ids, num_steps)
