@@ -206,6 +206,8 @@ def test_short_sizes() -> None:
         ((*ALPACA, "--rate", "nan"), "--rate is 'nan'"),
         ((*ALPACA, "--rate", "fast"), "--rate is 'fast'"),
         (("--trace", "synthetic:alpaca", "--num-requests", "0"), "num-requests is 0"),
+        (("--trace", "synthetic:alpaca", "--num-requests", "99999999"), "1 to 10,000,000"),
+        ((*ALPACA, "--num-slots", "99999999999"), "num_device_blocks is"),
         ((*ALPACA, "--cache-sizes", "1M"), "has no hash_ids"),
         ((*ALPACA, "--cache-sizes", "1X"), "--cache-sizes has '1X'"),
         ((*ALPACA, "--samples", "2", "--beams", "2"), "choose one"),

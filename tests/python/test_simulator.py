@@ -152,6 +152,15 @@ def test_what_can_never_fit_is_refused_and_counted() -> None:
     assert alone.num_refused == 2
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_nothing_runs_where_nothing_fits(policy: str) -> None:
+    report = of(trace_of((0, 2_000_000_000, 3), (1, 100, 9)), policy, num_slots=64)
+    assert (report.num_finished, report.num_refused) == (0, 2)
+    assert report.shares["free"] == 1
+    assert sum(report.shares.values()) == 1
+    assert (report.seconds, report.mean_batch, report.hit_rate) == (0, 0, 0)
+
+
 def test_contiguous_shares_of_one_request() -> None:
     """Averages of a chunk that fills up evenly, against the arithmetic."""
     trace = trace_of((0, 20, 40))

@@ -75,8 +75,8 @@ def synthetic_trace(name: str, num_requests: int = 2000, seed: int = 0) -> Trace
     """
     if name not in SYNTHETIC:
         raise InvalidSpec(f"synthetic load {name!r}, expected one of {', '.join(SYNTHETIC)}")
-    if num_requests < 1:
-        raise InvalidSpec(f"num_requests is {num_requests}, expected 1 or more")
+    if not 1 <= num_requests <= 10_000_000:
+        raise InvalidSpec(f"num_requests is {num_requests}, expected 1 to 10,000,000")
     model = SYNTHETIC[name]
     inputs, outputs = model.draw(num_requests, seed)
     requests = (Request(0.0, i, o) for i, o in zip(inputs.tolist(), outputs.tolist(), strict=True))

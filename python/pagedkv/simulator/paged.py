@@ -61,7 +61,7 @@ class PagedMemory:
             setting.num_host_blocks if self._swaps else 0,
             setting.block_size,
             max_batch=setting.max_batch,
-            max_model_len=max_model_len,
+            max_model_len=min(max_model_len, setting.num_blocks * setting.block_size),
             watermark=setting.watermark_blocks,
         )
 

@@ -208,7 +208,9 @@ class Integral:
         marked = self._marked_seconds > 0
         sums = self._marked if marked else self._sums
         seconds = self._marked_seconds if marked else self._seconds
-        return dict(zip(self._NAMES, (sums / seconds if seconds else sums).tolist(), strict=True))
+        if not seconds:  # nothing ran
+            return dict.fromkeys(self._NAMES, 0.0) | {"free": float(self.num_slots)}
+        return dict(zip(self._NAMES, (sums / seconds).tolist(), strict=True))
 
     def timeline(self) -> tuple[Moment, ...]:
         """What was held at evenly spaced times, as shares of the memory."""
