@@ -47,7 +47,7 @@ class BitmapBuddy:
         return start + size <= len(self.taken) and not any(self.taken[start : start + size])
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     request: Request
     generated: int = 0
@@ -64,12 +64,18 @@ class Outcome:
     waited: dict[int, float] = field(default_factory=dict)
     num_preempted: int = 0
     num_recomputed: int = 0
-    slot_seconds: dict[str, float] = field(default_factory=dict)
+    token_seconds: float = 0.0
+    averaged: tuple[float, float] | None = None  # seconds and token_seconds at the last admission
 
-    def spend(self, seconds: float, **slots: float) -> None:
-        for name, value in slots.items():
-            self.slot_seconds[name] = self.slot_seconds.get(name, 0.0) + seconds * value
+    def spend(self, seconds: float, tokens: float) -> None:
+        self.token_seconds += seconds * tokens
         self.seconds += seconds
+
+    @property
+    def mean_tokens(self) -> float:
+        """In memory: until the last admission, or all along if no request had ended by then."""
+        seconds, token_seconds = self.averaged or (self.seconds, self.token_seconds)
+        return token_seconds / seconds if seconds else 0.0
 
 
 def paged_by_the_token(
@@ -84,7 +90,7 @@ def paged_by_the_token(
     order = {id(row): number for number, row in enumerate(arriving)}
     queue: list[Row] = []
     running: list[Row] = []
-    short = False
+    short, num_ended = False, 0
 
     def blocks(length: int) -> int:
         return -(-length // block_size)
@@ -111,11 +117,13 @@ def paged_by_the_token(
             if row.admitted_at is None:
                 row.admitted_at = out.seconds
                 out.waited[order[id(row)]] = out.seconds - row.request.arrival
+                if num_ended:
+                    out.averaged = (out.seconds, out.token_seconds)
             else:
                 out.num_recomputed += row.length
-        out.spend(token * num_prefilled, tokens=tokens(), held=held() * block_size)
+        out.spend(token * num_prefilled, tokens())
         if not running:
-            out.seconds = max(out.seconds, arriving[0].request.arrival)
+            out.spend(arriving[0].request.arrival - out.seconds, 0)
             continue
         growing = [row for row in running if row.generated < row.request.output_length]
         if len(growing) == len(running):
@@ -124,14 +132,12 @@ def paged_by_the_token(
                 out.num_preempted += 1
                 short = True
                 continue
-            before = tokens(), held() * block_size
             for row in running:
                 row.generated += 1
-            after = tokens(), held() * block_size
-            means = [(a + b) / 2 for a, b in zip(before, after, strict=True)]
-            out.spend(step + token * len(running), tokens=means[0], held=means[1])
+            out.spend(step + token * len(running), tokens() - len(running) / 2)
         ended = [row for row in running if row.generated == row.request.output_length]
         if ended:
+            num_ended += len(ended)
             running = [row for row in running if row not in ended]
             short = False
     return out

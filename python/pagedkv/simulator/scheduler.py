@@ -64,7 +64,7 @@ class Scheduler:
             if self._running:
                 self._step()
             else:
-                self._now = max(self._now, self._arriving[0].request.arrival)
+                self._idle(until=self._arriving[0].request.arrival)
             if progress and self._num_finished / total > told + 0.01:
                 told = self._num_finished / total
                 progress(told)
@@ -137,6 +137,11 @@ class Scheduler:
         self._queue.appendleft(self._running.pop())
         self._num_preempted += 1
         self._short = True
+
+    def _idle(self, until: float) -> None:
+        usage = self._usage()
+        self._spend(until - self._now, usage, usage)
+        self._now = until
 
     def _num_running(self) -> int:
         return len(self._running) * self._setting.num_sequences
