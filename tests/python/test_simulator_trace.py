@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagedkv import InvalidSpec
-from pagedkv.simulator import Request, read_trace
+from pagedkv.simulator import Request, Trace, read_trace
 
 MOONCAKE = """\
 {"timestamp": 27000, "input_length": 700, "output_length": 12, "hash_ids": [0, 5]}
@@ -34,10 +35,10 @@ def write(folder: Path, text: str | bytes) -> Path:
 def test_mooncake(tmp_path: Path) -> None:
     trace = read_trace(write(tmp_path, MOONCAKE))
     assert trace.has_hash_ids
-    assert trace.requests == (
-        Request(0.0, 700, 12, (0, 5)),
-        Request(pytest.approx(0.482), 512, 1, (0,)),
-    )
+    first, second = trace.requests
+    assert first == Request(0.0, 700, 12, (0, 5))
+    assert second == Request(second.arrival, 512, 1, (0,))
+    assert second.arrival == pytest.approx(0.482)
 
 
 def test_azure(tmp_path: Path) -> None:
@@ -131,6 +132,21 @@ def test_a_broken_line_is_named_or_left_out(tmp_path: Path, line: str, words: st
 def test_broken_files(tmp_path: Path, text: str | bytes, words: str) -> None:
     with pytest.raises(InvalidSpec, match=re.escape(words)):
         read_trace(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("requests", "words"),
+    [
+        ([(0.0, 0, 1)], "input_length is 0"),
+        ([(0.0, 1, -1)], "output_length is -1"),
+        ([(math.nan, 1, 1)], "arrival is nan"),
+        ([(1.0, 1, 1), (0.0, 1, 1)], "not in the order of their arrival"),
+        ([(0.0, 600, 1, (1,))], "1 hash_ids for 600 tokens, expected one for every 512"),
+    ],
+)
+def test_traces_made_in_python_are_checked(requests: list, words: str) -> None:
+    with pytest.raises(InvalidSpec, match=words):
+        Trace("mine", tuple(Request(*row) for row in requests))
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

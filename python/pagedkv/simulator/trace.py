@@ -49,6 +49,14 @@ class Request:
     output_length: int
     hash_ids: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.input_length <= MAX_LENGTH:
+            raise InvalidSpec(f"input_length is {self.input_length}, expected 1 or more")
+        if not 0 <= self.output_length <= MAX_LENGTH:
+            raise InvalidSpec(f"output_length is {self.output_length}, expected 0 or more")
+        if not abs(self.arrival) <= MAX_SECONDS:
+            raise InvalidSpec(f"arrival is {self.arrival}, expected seconds")
+
     @property
     def num_tokens(self) -> int:
         return self.input_length + self.output_length
@@ -70,6 +78,13 @@ class Trace:
     hash_block_size: int = 512
     max_model_len: int | None = None
     num_skipped: int = 0
+
+    def __post_init__(self) -> None:
+        times = [request.arrival for request in self.requests]
+        if times != sorted(times):
+            raise InvalidSpec(f"requests of {self.name} are not in the order of their arrival")
+        for request in self.requests:
+            _check_hash_ids(request.hash_ids, request.input_length, self.hash_block_size)
 
     @property
     def has_hash_ids(self) -> bool:
@@ -183,13 +198,16 @@ def _request(row: Any, hash_block_size: int) -> Request:
     if hash_ids is not None:
         if not isinstance(hash_ids, list) or not all(type(h) is int for h in hash_ids):
             raise ValueError("hash_ids is not a list of integers")
-        if len(hash_ids) != -(-input_length // hash_block_size):
-            raise ValueError(
-                f"{len(hash_ids)} hash_ids for {input_length} tokens, expected one for every "
-                f"{hash_block_size}"
-            )
         hash_ids = tuple(hash_ids)
+        _check_hash_ids(hash_ids, input_length, hash_block_size)
     return Request(_arrival(row), input_length, output_length, hash_ids)
+
+
+def _check_hash_ids(hash_ids: tuple[int, ...] | None, length: int, block_size: int) -> None:
+    if hash_ids is not None and len(hash_ids) != -(-length // block_size):
+        raise InvalidSpec(
+            f"{len(hash_ids)} hash_ids for {length} tokens, expected one for every {block_size}"
+        )
 
 
 def _length(row: dict[str, Any], names: tuple[str, ...], least: int) -> int:
