@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from pagedkv.cache import KVCache
     from pagedkv.integrations.transformers import CacheStats, PagedCache
     from pagedkv.preemption import CostModel, PreemptRequest
+    from pagedkv.simulator.report import SimulationReport
+    from pagedkv.simulator.run import simulate
+    from pagedkv.simulator.service import ServiceModel
+    from pagedkv.simulator.setting import SimulationSetting
     from pagedkv.spec import KVSpec, LayerSpec
     from pagedkv.step import Step
     from pagedkv.transfers import Transfer
@@ -60,6 +64,9 @@ __all__ = [
     "PagedCache",
     "PreemptRequest",
     "PrefixHit",
+    "ServiceModel",
+    "SimulationReport",
+    "SimulationSetting",
     "Snapshot",
     "Stats",
     "Step",
@@ -69,6 +76,7 @@ __all__ = [
     "TransferError",
     "UnknownSequence",
     "__version__",
+    "simulate",
 ]
 
 # What needs torch, or is not needed by everybody, is imported when it is first used.
@@ -80,8 +88,12 @@ _LAZY = {
     "LayerSpec": "pagedkv.spec",
     "PagedCache": "pagedkv.integrations.transformers",
     "PreemptRequest": "pagedkv.preemption",
+    "ServiceModel": "pagedkv.simulator.service",
+    "SimulationReport": "pagedkv.simulator.report",
+    "SimulationSetting": "pagedkv.simulator.setting",
     "Step": "pagedkv.step",
     "Transfer": "pagedkv.transfers",
+    "simulate": "pagedkv.simulator.run",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `pagedkv info` and `pagedkv demo`."""
+"""The command line: `pagedkv info`, `pagedkv demo` and `pagedkv simulate`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from pagedkv.errors import KVError
 from pagedkv.info import CudaInfo, collect
+from pagedkv.simulator.command import simulate
 from pagedkv.units import format_bytes
 
 __all__ = ["main"]
@@ -83,6 +84,9 @@ def demo(
     except ImportError as error:
         _fail(f"the demo needs more packages ({error}): pip install 'pagedkv[demo]'")
     raise typer.Exit(code)
+
+
+app.command()(simulate)
 
 
 def _fail(message: str) -> NoReturn:
