@@ -29,8 +29,8 @@ build() {
   "$python" -c 'import torch; print("torch", torch.__version__, torch.version.cuda)' || return 1
   "$python" -m venv --without-pip "$work/venv" &&
     # All packages of $python, which may be a virtual environment itself.
-    "$python" -c 'import site, sys; print("import site"); [
-      print(f"site.addsitedir({d!r})") for d in [*site.getsitepackages(), site.getusersitepackages()]]' \
+    "$python" -c 'import site; [print(f"import site; site.addsitedir({folder!r})")
+      for folder in [*site.getsitepackages(), site.getusersitepackages()]]' \
       >"$("$work/venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/outer.pth" &&
     "$work/venv/bin/python" -m pip install -q --no-build-isolation --no-deps . \
       -Ccmake.define.KV_CUDA=ON -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=native &&
