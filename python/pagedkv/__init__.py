@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from pagedkv.cache import KVCache
     from pagedkv.integrations.transformers import CacheStats, PagedCache
+    from pagedkv.planner.plan import MemoryPlan, plan_memory
     from pagedkv.preemption import CostModel, PreemptRequest
     from pagedkv.spec import KVSpec, LayerSpec
     from pagedkv.step import Step
@@ -55,6 +56,7 @@ __all__ = [
     "KVError",
     "KVSpec",
     "LayerSpec",
+    "MemoryPlan",
     "NotResident",
     "OutOfBlocks",
     "PagedCache",
@@ -69,6 +71,7 @@ __all__ = [
     "TransferError",
     "UnknownSequence",
     "__version__",
+    "plan_memory",
 ]
 
 # What needs torch, or is not needed by everybody, is imported when it is first used.
@@ -78,10 +81,12 @@ _LAZY = {
     "KVCache": "pagedkv.cache",
     "KVSpec": "pagedkv.spec",
     "LayerSpec": "pagedkv.spec",
+    "MemoryPlan": "pagedkv.planner.plan",
     "PagedCache": "pagedkv.integrations.transformers",
     "PreemptRequest": "pagedkv.preemption",
     "Step": "pagedkv.step",
     "Transfer": "pagedkv.transfers",
+    "plan_memory": "pagedkv.planner.plan",
 }
 
 

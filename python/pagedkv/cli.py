@@ -1,4 +1,4 @@
-"""The command line: `pagedkv info` and `pagedkv demo`."""
+"""The command line: `pagedkv plan`, `pagedkv demo` and `pagedkv info`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from pagedkv.errors import KVError
 from pagedkv.info import CudaInfo, collect
+from pagedkv.planner.command import plan
 from pagedkv.units import format_bytes
 
 __all__ = ["main"]
@@ -27,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(plan)
 
 
 @app.command()
