@@ -69,7 +69,9 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": _attention(),
     "dots1": _attention(qk_norm="head"),
     "ernie4_5": Family(qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias"),
-    "ernie4_5_moe": Family(qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias"),
+    "ernie4_5_moe": Family(
+        qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias", head_bias="use_bias"
+    ),
     "exaone4": Family(qk_norm="head"),
     "falcon": Family(norm_vectors=2, gated=False, qkv_bias="bias", o_bias="bias", mlp_bias="bias"),
     "falcon_h1": _BIASES,

@@ -129,8 +129,6 @@ def _latent_attention(config: ModelConfig, family: Family) -> Iterator[Tensor]:
 
 def _dense_size(config: ModelConfig) -> int:
     hidden = config.number("hidden_size")
-    if config.model_type == "mpt":
-        return config.number("expansion_ratio", 4) * hidden
     if config.model_type == "llama4_text":
         return config.number("intermediate_size_mlp")
     if config.model_type == "recurrent_gemma":
@@ -146,15 +144,16 @@ def _dense_size(config: ModelConfig) -> int:
 def _mlp(
     name: str, config: ModelConfig, family: Family, size: int, copies: int = 1, active: int = 1
 ) -> Iterator[Tensor]:
-    hidden, bias = config.number("hidden_size"), _is(config, family.mlp_bias)
+    hidden = config.number("hidden_size")
     role: Literal["expert", "linear"] = "expert" if name == "expert" else "linear"
+    bias = role == "linear" and _is(config, family.mlp_bias)  # experts of a mixture have none
     for matrix in ("gate", "up") if family.gated else ("up",):
         yield Tensor(f"{name}.{matrix}", role, (size, hidden), copies, active)
         if bias:
-            yield Tensor(f"{name}.{matrix}.bias", "vector", (size,), copies, active)
+            yield vector(f"{name}.{matrix}.bias", size)
     yield Tensor(f"{name}.down", role, (hidden, size), copies, active)
     if bias:
-        yield Tensor(f"{name}.down.bias", "vector", (hidden,), copies, active)
+        yield vector(f"{name}.down.bias", hidden)
 
 
 def _is_moe(config: ModelConfig, i: int) -> bool:
