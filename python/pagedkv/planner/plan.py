@@ -92,7 +92,8 @@ class MemoryPlan:
         weights: parameters, and their bytes.
         usable_bytes: the budget of one GPU: utilization * its memory.
         components: weights, kv_cache, activations, non-torch, in this order; they are inside the
-            budget.
+            budget. kv_cache is the whole pool, which takes what the others leave.
+        needed_bytes: the same, with what the load needs in place of the pool.
         outside: what else the GPU's memory must hold.
         kv: K and V.
         spec: what one GPU keeps; KVCache(plan.spec, num_device_blocks=plan.kv.num_blocks) is
@@ -109,6 +110,7 @@ class MemoryPlan:
     weights: Weights
     usable_bytes: int
     components: tuple[Component, ...]
+    needed_bytes: int
     outside: tuple[Component, ...]
     kv: KVPlan
     spec: KVSpec
@@ -242,6 +244,7 @@ def _plan(model: Model, gpu: Gpu, settings: Settings) -> MemoryPlan:
         weights=fit.weighed,
         usable_bytes=fit.usable,
         components=_components(fit),
+        needed_bytes=fit.usable - fit.available + fit.needed_bytes,
         outside=outside(),
         kv=_kv(fit, whole),
         spec=fit.pool.spec,

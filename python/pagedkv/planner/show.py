@@ -128,10 +128,17 @@ def _groups(plan: MemoryPlan) -> str:
 
 
 def _verdict(plan: MemoryPlan, console: Console) -> None:
+    words = ("FITS", "bold green") if plan.fits else ("DOES NOT FIT", "bold red")
+    needed = plan.needed_bytes
+    console.print(
+        Text.assemble(
+            words,
+            f": the load needs {needed / 1e9:.2f} GB ({needed / GiB:.2f} GiB) of "
+            f"{plan.usable_bytes / 1e9:.2f} GB{' on each GPU' if plan.load.tp > 1 else ''}.",
+        )
+    )
     if plan.fits:
-        console.print(Text("FITS", style="bold green"))
         return
-    console.print(Text("DOES NOT FIT", style="bold red"))
     for shortfall in plan.shortfalls:
         console.print(f"  {shortfall[0].upper()}{shortfall[1:]}.")
     if not plan.changes:
