@@ -8,7 +8,7 @@ class. `ModelConfig` hides all three. Needs no torch and no transformers.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -120,7 +120,7 @@ class ModelConfig:
         """An int field; raises InvalidSpec naming it if it is missing or no such int."""
         value = self.get(name, default)
         if value is None:
-            raise InvalidSpec(f"the config has no {name}: give a KVSpec of your own")
+            raise InvalidSpec(f"the config has no {name}")
         return check_int(name, value, least)
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -128,6 +128,15 @@ class ModelConfig:
         if not isinstance(value, bool):
             raise InvalidSpec(f"{name} is {value!r} in the config, expected true or false")
         return value
+
+    def numbers(self, name: str) -> tuple[int, ...] | None:
+        """A field that lists layers, or None without it."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise InvalidSpec(f"{name} is {value!r} in the config, expected a list of layers")
+        return tuple(check_int(name, item, 0) for item in value)
 
     @property
     def num_layers(self) -> int:

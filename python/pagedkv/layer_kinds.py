@@ -92,10 +92,10 @@ def _words(config: ModelConfig, num_layers: int) -> Sequence[str]:
     if config.model_type in _ONLY_MAMBA:
         return ["mamba"] * num_layers
     if config.model_type in ("bamba", "granitemoehybrid"):
-        attention = config.get("attn_layer_indices") or ()
+        attention = config.numbers("attn_layer_indices") or ()
         return ["attention" if i in attention else "mamba" for i in range(num_layers)]
     if config.model_type == "lfm2":
-        attention = config.get("full_attn_idxs") or range(num_layers)
+        attention = config.numbers("full_attn_idxs") or tuple(range(num_layers))
         return ["attention" if i in attention else "conv" for i in range(num_layers)]
     for period, offset, other in _PERIODS:
         every = config.get(period)
@@ -170,4 +170,7 @@ def mamba_inner(config: ModelConfig) -> int:
 
 def shared_layers(config: ModelConfig) -> int:
     """How many of the last layers read the K and V of earlier ones and keep none."""
-    return config.number("num_kv_shared_layers", 0, least=0)
+    number, layers = config.number("num_kv_shared_layers", 0, least=0), config.num_layers
+    if number >= layers:
+        raise InvalidSpec(f"num_kv_shared_layers is {number}, expected less than {layers}")
+    return number

@@ -137,7 +137,8 @@ def test_a_plan_adds_up(
 ) -> None:  # fmt: skip
     prompt = int(share * length)
     plan = pk.plan_memory(
-config, memory * 2**20, input_len=prompt, output_len=length - prompt, concurrency=concurrency, samples=samples, block_size=block, windows=windows,
+        config, memory * 2**20, input_len=prompt, output_len=length - prompt,
+        concurrency=concurrency, samples=samples, block_size=block, windows=windows,
         kv_dtype=kv_dtype, non_torch_memory=0, max_num_seqs=100, max_batched_tokens=128,
     )  # fmt: skip
     total = sum(part.num_bytes for part in plan.components)

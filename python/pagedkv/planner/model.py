@@ -14,6 +14,7 @@ from pagedkv.config import ModelConfig
 from pagedkv.errors import InvalidSpec
 from pagedkv.planner.catalog import find_model, similar_models
 from pagedkv.planner.families import FAMILIES
+from pagedkv.spec import KVSpec
 
 __all__ = ["Checkpoint", "Model", "load_model"]
 
@@ -109,6 +110,9 @@ def load_model(model: Any) -> Model:
 
 def _model(name: str, source: str, config: Any, checkpoint: Checkpoint | None = None) -> Model:
     found = ModelConfig.read(config)
+    spec = KVSpec.from_config(found)  # what the config lacks is said before anything else
+    if not (spec.token_bytes or spec.state_bytes):
+        raise InvalidSpec("no layer of the config keeps anything, expected one with attention")
     notes = [
         f"{field} is not in the config: {found.defaults[field]!r}, the default of "
         f"{found.model_type}, is taken"
@@ -187,7 +191,8 @@ def _checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def _from_index(index: Path) -> Checkpoint:
-    size = _read(index).get("metadata", {}).get("total_size")
+    metadata = _read(index).get("metadata")
+    size = metadata.get("total_size") if isinstance(metadata, dict) else None
     if not isinstance(size, (int, float)) or size <= 0:
         raise InvalidSpec(f"{index} has no metadata.total_size: not a safetensors index")
     return Checkpoint(int(size))

@@ -171,11 +171,12 @@ def _is_moe(config: ModelConfig, i: int) -> bool:
         last = config.number("moe_layer_end_index", config.num_layers - 1, least=-1)
         last = config.num_layers - 1 if last == -1 else last
         return (i + 1) % config.number("moe_layer_interval") == 0 and first <= i <= last
-    if config.get("moe_layers") is not None:
-        return i in config.get("moe_layers")
+    listed = config.numbers("moe_layers")
+    if listed is not None:
+        return i in listed
     if config.get("interleave_moe_layer_step") is not None:
         return (i + 1) % config.number("interleave_moe_layer_step") == 0
-    if i in (config.get("mlp_only_layers") or ()):
+    if i in (config.numbers("mlp_only_layers") or ()):
         return False
     step = config.number("decoder_sparse_step", 1)
     return i >= config.number("first_k_dense_replace", 0, least=0) and (i + 1) % step == 0
