@@ -140,12 +140,20 @@ class ModelConfig:
 
     @property
     def num_layers(self) -> int:
-        kinds = self.get("layer_types")
-        if self.model_type == "nemotron_h" and kinds:
-            return len(kinds)
-        if self.model_type == "nemotron_h" and isinstance(self.get("hybrid_override_pattern"), str):
-            return len(self.get("hybrid_override_pattern"))
+        listed = self.layer_words
+        if self.model_type == "nemotron_h" and listed:
+            return len(listed)
         return self.number("num_hidden_layers")
+
+    @property
+    def layer_words(self) -> tuple[str, ...] | None:
+        """What the file calls each layer, or None if it has no list of them."""
+        words = self.fields.get("hybrid_override_pattern") or self.get("layer_types")
+        if words is None:
+            return None
+        if not isinstance(words, Sequence) or not words or not isinstance(words[0], str):
+            raise InvalidSpec(f"layer_types is {words!r} in the config, expected a list of kinds")
+        return tuple(str(word) for word in words)
 
     @property
     def num_heads(self) -> int:

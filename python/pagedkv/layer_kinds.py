@@ -80,15 +80,14 @@ def _linear_kind(config: ModelConfig) -> str:
 
 def _words(config: ModelConfig, num_layers: int) -> Sequence[str]:
     """What each layer is, in the words of the config where it has some."""
-    kinds = config.get("layer_types")
+    words = config.layer_words
     if config.model_type == "falcon_h1":
         return ["hybrid"] * num_layers
-    if isinstance(kinds, Sequence) and not isinstance(kinds, str):
-        repeats = config.model_type == "recurrent_gemma"
-        words = [kinds[i % len(kinds)] for i in range(num_layers)] if repeats else kinds
-        return ["sliding" if repeats and w == "attention" else str(w) for w in words]
-    if isinstance(config.get("hybrid_override_pattern"), str):
-        return list(config.get("hybrid_override_pattern"))
+    if words is not None:
+        if config.model_type != "recurrent_gemma":
+            return words
+        repeated = [words[i % len(words)] for i in range(num_layers)]
+        return ["sliding_attention" if word == "attention" else word for word in repeated]
     if config.model_type in _ONLY_MAMBA:
         return ["mamba"] * num_layers
     if config.model_type in ("bamba", "granitemoehybrid"):

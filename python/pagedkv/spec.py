@@ -133,21 +133,29 @@ class KVSpec:
         object.__setattr__(self, "block_size", block_size)
 
     @classmethod
-    def from_config(cls, config: Any, *, dtype: str | None = None, block_size: int = 16) -> KVSpec:
+    def from_config(
+        cls,
+        config: Any,
+        *,
+        dtype: str | None = None,
+        state_dtype: str | None = None,
+        block_size: int = 16,
+    ) -> KVSpec:
         """The spec of a Hugging Face config: the object, or the dict of its config.json.
 
-        `dtype` replaces the config's own for K and V; recurrent state keeps the config's. Raises
+        `dtype` replaces the config's own for K and V, `state_dtype` for recurrent state. Raises
         InvalidSpec naming a field that is missing, or a layer of a kind that is not known.
         """
         model = ModelConfig.read(config)
         own = model.dtype or "float32"
+        state_dtype = own if state_dtype is None else state_dtype
         dtype = own if dtype is None else str(dtype).removeprefix("torch.")
         kinds = layer_kinds(model)
         keeping = len(kinds) - shared_layers(model)
         layers = []
         for i, kind in enumerate(kinds):
             try:
-                layers.append(_layer(model, kind if i < keeping else "none", dtype, own))
+                layers.append(_layer(model, kind if i < keeping else "none", dtype, state_dtype))
             except InvalidSpec as error:
                 if kind in ("full", "sliding"):
                     raise
@@ -219,11 +227,11 @@ class KVSpec:
         return max(0, memory // self.block_bytes - 1)
 
 
-def _layer(model: ModelConfig, kind: str, dtype: str, own_dtype: str) -> LayerSpec:
+def _layer(model: ModelConfig, kind: str, dtype: str, state_dtype: str) -> LayerSpec:
     """What a layer of this kind of `layer_kinds` keeps; "none" is one that reads another's."""
-    if own_dtype not in DTYPE_BYTES:
-        raise InvalidSpec(f"dtype is {own_dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")
-    state = state_elements(model, kind) * DTYPE_BYTES[own_dtype]
+    if state_dtype not in DTYPE_BYTES:
+        raise InvalidSpec(f"dtype is {state_dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")
+    state = state_elements(model, kind) * DTYPE_BYTES[state_dtype]
     if kind == "latent":
         dim = model.number("kv_lora_rank") + model.number("qk_rope_head_dim")
         return LayerSpec("latent", 1, dim, 0, dtype)
@@ -236,4 +244,4 @@ def _layer(model: ModelConfig, kind: str, dtype: str, own_dtype: str) -> LayerSp
     if kind == "chunked":
         heads, dim = model.num_kv_heads, model.head_dim
         return LayerSpec("chunked", heads, dim, dim, dtype, model.number("attention_chunk_size"))
-    return LayerSpec("state", 0, 0, 0, own_dtype, None, state)
+    return LayerSpec("state", 0, 0, 0, state_dtype, None, state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pagedkv.planner.budget import (
     Component,
@@ -121,8 +121,7 @@ class Fitter:
             needed_bytes=needed * pool.block_bytes + state,
             shortfalls=(),
         )
-        object.__setattr__(found, "shortfalls", tuple(_shortfalls(found)))
-        return found
+        return replace(found, shortfalls=tuple(_shortfalls(found)))
 
     def _weigh(self, dtype: str, tp: int) -> Weights:
         key = (dtype, tp)
@@ -145,10 +144,16 @@ class Fitter:
         )
 
     def _pool(self, load: Load) -> Pool:
-        spec = KVSpec.from_config(
-            self.model.config, dtype=load.kv_dtype, block_size=load.block_size
+        return Pool.of(self.whole(load).shard(load.tp), capped=load.capped)
+
+    def whole(self, load: Load) -> KVSpec:
+        """What all GPUs of a copy keep together."""
+        return KVSpec.from_config(
+            self.model.config,
+            dtype=load.kv_dtype,
+            state_dtype=load.state_dtype,
+            block_size=load.block_size,
         )
-        return Pool.of(spec.shard(load.tp), capped=load.capped)
 
 
 def _weights(weighed: Weights, load: Load) -> Component:

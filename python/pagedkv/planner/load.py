@@ -50,7 +50,7 @@ class Load:
     Attributes:
         tp: GPUs that one copy of the model is divided among.
         replicas: copies of the model: num_gpus / tp.
-        kv_dtype: storage type of K and V.
+        kv_dtype: storage type of K and V; state_dtype: of recurrent state, the weights'.
         concurrency: requests at once on one replica.
         sequences: sequences of one request: beams * samples.
         max_num_seqs: most sequences in a step, for the sampler's memory.
@@ -59,6 +59,7 @@ class Load:
     tp: int
     replicas: int
     kv_dtype: str
+    state_dtype: str
     block_size: int
     max_model_len: int
     input_len: int
@@ -96,6 +97,7 @@ class Load:
             tp=tp,
             replicas=replicas,
             kv_dtype=_kv_dtype(settings, model),
+            state_dtype=weights_dtype(model, settings.dtype),
             block_size=settings.block_size,
             max_model_len=max_model_len,
             input_len=input_len,

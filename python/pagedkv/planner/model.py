@@ -120,7 +120,7 @@ def _model(name: str, source: str, config: Any, checkpoint: Checkpoint | None = 
         if field in found.defaults and found.get(field) == found.defaults[field]
         and not any(field == key for key in found.fields) and _is_default(found, field)
     ]  # fmt: skip
-    if found.towers:
+    if found.towers and checkpoint is None:
         notes.append(f"the weights of {', '.join(found.towers)} are not counted")
     assumptions = []
     if found.model_type not in FAMILIES:
@@ -129,6 +129,8 @@ def _model(name: str, source: str, config: Any, checkpoint: Checkpoint | None = 
             f"the architecture ({kind}) is not known: weights are counted as llama's, and K and V "
             "by the fields of the config"
         )
+    if found.dtype is None:
+        assumptions.append("the config has no dtype: bfloat16 is taken")
     return Model(name, source, found, checkpoint, tuple(notes), tuple(assumptions))
 
 

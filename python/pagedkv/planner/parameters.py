@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from pagedkv.config import ModelConfig
+from pagedkv.errors import InvalidSpec
 from pagedkv.layer_kinds import layer_kinds, shared_layers
 from pagedkv.planner.families import FAMILIES, Family, norms_per_layer
 from pagedkv.planner.recurrent import recurrent_tensors
@@ -185,8 +186,12 @@ def _is_moe(config: ModelConfig, i: int) -> bool:
 def _experts(config: ModelConfig, family: Family) -> Iterator[Tensor]:
     hidden = config.number("hidden_size")
     experts = config.number("num_experts", 0, least=0)
-    active = config.number("num_experts_per_tok", experts, least=0)
     if experts:
+        active = config.number("num_experts_per_tok")
+        if active > experts:
+            raise InvalidSpec(
+                f"num_experts_per_tok is {active} and there are {experts} experts in the config"
+            )
         size = config.number("moe_intermediate_size", config.get("intermediate_size"))
         yield Tensor("router", "router", (experts, hidden))
         yield from _mlp("expert", config, family, size, experts, active)

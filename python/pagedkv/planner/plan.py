@@ -233,9 +233,7 @@ def _plan(model: Model, gpu: Gpu, settings: Settings) -> MemoryPlan:
         raise InvalidSpec(f"{model.name}: {'; '.join(model.assumptions)}; strict refuses that")
     fitter = Fitter(model, gpu)
     fit = fitter.fit(settings)
-    whole = KVSpec.from_config(
-        model.config, dtype=fit.load.kv_dtype, block_size=settings.block_size
-    )
+    whole = fitter.whole(fit.load)
     return MemoryPlan(
         model=model.name,
         source=model.source,
@@ -254,7 +252,7 @@ def _plan(model: Model, gpu: Gpu, settings: Settings) -> MemoryPlan:
         grid=_grid(fit),
         policies=policies(fit),
         preemption=preemption(model, fit),
-        notes=model.notes + _notes(fit, whole),
+        notes=_notes(fit, whole) + model.notes,
         assumptions=model.assumptions,
     )
 
@@ -314,6 +312,11 @@ def _grid(fit: Fit) -> Grid:
 
 def _notes(fit: Fit, whole: KVSpec) -> tuple[str, ...]:
     notes = []
+    others = (fit.weights, fit.activations, fit.non_torch)
+    if fit.fits and fit.available - sum(c.high - c.num_bytes for c in others) < max(
+        fit.needed_bytes, fit.sequence_bytes
+    ):
+        notes.append("it is close: at the upper end of the estimates it would not fit")
     if whole.window_bytes and fit.load.capped:
         notes.append("KVCache stores windowed layers in full: plan for it with --windows full")
     kinds = {layer.kind for layer in whole.layers}

@@ -28,25 +28,25 @@ def show(plan: MemoryPlan, console: Console) -> None:
         console.print(_policies(plan))
     _preemption(plan, console)
     for note in plan.notes:
-        console.print(f"Note: {note}.")
+        console.out(f"Note: {note}.")
     for assumption in plan.assumptions:
-        console.print(f"Assumed: {assumption}.")
+        console.out(f"Assumed: {assumption}.")
 
 
 def _head(plan: MemoryPlan, console: Console) -> None:
     load, weights = plan.load, plan.weights
     number = load.tp * load.replicas
-    console.print(
+    console.out(
         f"{plan.model} on {f'{number} x ' if number > 1 else ''}{plan.gpu.name}"
         f"{f', tp {load.tp}' if load.tp > 1 else ''}: {_requests(plan)}."
     )
     active = f", {weights.num_active:,} active" if weights.num_active < weights.num_parameters \
         else ""  # fmt: skip
-    console.print(
+    console.out(
         f"{weights.num_parameters:,} parameters{active}, {weights.scheme}: "
         f"{weights.total_bytes / 1e9:.2f} GB, {weights.bytes_per_parameter:.4g} bytes each."
     )
-    console.print(
+    console.out(
         f"Budget{' of each GPU' if number > 1 else ''}: {load.utilization:g} x "
         f"{plan.gpu.memory_bytes / GiB:.2f} GiB visible = {plan.usable_bytes / GiB:.2f} GiB."
     )
@@ -94,24 +94,24 @@ def _known(part: Component) -> str:
 def _kv(plan: MemoryPlan, console: Console) -> None:
     kv = plan.kv
     per_gpu = f" ({kv.token_bytes:,} on each GPU)" if plan.load.tp > 1 else ""
-    console.print(
+    console.out(
         f"K and V: {kv.model_token_bytes:,} bytes per token{per_gpu}, {plan.load.kv_dtype}."
     )
     if kv.model_window_bytes:
-        console.print(
+        console.out(
             f"  Past the windows {kv.model_growing_bytes:,} per token, and "
             f"{kv.model_window_bytes:,} that do not grow."
         )
     if kv.model_state_bytes:
-        console.print(f"  Recurrent state: {kv.model_state_bytes:,} bytes per sequence.")
+        console.out(f"  Recurrent state: {kv.model_state_bytes:,} bytes per sequence.")
     if len(kv.groups) > 1 or any(group.window for group in kv.groups):
-        console.print(f"  Layer groups: {_groups(plan)}.")
-    console.print(
+        console.out(f"  Layer groups: {_groups(plan)}.")
+    console.out(
         f"Blocks: {kv.num_blocks:,} of {kv.block_bytes:,} bytes ({plan.load.block_size} tokens); "
         f"the load needs {kv.needed_blocks:,}."
     )
     for line in plan.log_lines:
-        console.print(line)
+        console.out(line)
 
 
 def _groups(plan: MemoryPlan) -> str:
@@ -135,18 +135,19 @@ def _verdict(plan: MemoryPlan, console: Console) -> None:
             words,
             f": the load needs {needed / 1e9:.2f} GB ({needed / GiB:.2f} GiB) of "
             f"{plan.usable_bytes / 1e9:.2f} GB{' on each GPU' if plan.load.tp > 1 else ''}.",
-        )
+        ),
+        soft_wrap=True,
     )
     if plan.fits:
         return
     for shortfall in plan.shortfalls:
-        console.print(f"  {shortfall[0].upper()}{shortfall[1:]}.")
+        console.out(f"  {shortfall[0].upper()}{shortfall[1:]}.")
     if not plan.changes:
-        console.print("  No single change, nor a pair of them, makes it fit.")
+        console.out("  No single change, nor a pair of them, makes it fit.")
         return
-    console.print("Each of these makes it fit:")
+    console.out("Each of these makes it fit:")
     for change in plan.changes:
-        console.print(f"  {change.flags}  ({change.effect})", soft_wrap=True)
+        console.out(f"  {change.flags}  ({change.effect})")
 
 
 def _grid(plan: MemoryPlan) -> Table:
@@ -189,7 +190,7 @@ def _policies(plan: MemoryPlan) -> Table:
 def _preemption(plan: MemoryPlan, console: Console) -> None:
     swap = plan.preemption
     if swap.host_blocks:
-        console.print(f"Host tier: {swap.host_blocks:,} blocks.")
+        console.out(f"Host tier: {swap.host_blocks:,} blocks.")
     known = []
     if swap.swap_seconds is not None:
         known.append(f"swap out and in {swap.swap_seconds * 1e3:,.1f} ms")
@@ -198,7 +199,7 @@ def _preemption(plan: MemoryPlan, console: Console) -> None:
     if swap.cheaper is not None:
         known.append(f"cheaper: {swap.cheaper}")
     answer = "; ".join(known) or "times are known for GPUs that are named only"
-    console.print(
+    console.out(
         f"One sequence of {plan.load.length:,} tokens preempted: {swap.num_bytes / GiB:.2f} GiB; "
         f"{answer} (estimated)."
     )

@@ -22,6 +22,7 @@ QUANTISED: dict[str, dict[str, Any]] = {
     "mxfp4": {"quant_method": "mxfp4"},
     "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True},
 }
+DEFAULT_DTYPE = "bfloat16"  # where the config does not say; the plan says so
 _EXPERT_MULTIPLE = 256  # MXFP4 kernels pad the experts' width to this
 
 
@@ -67,10 +68,9 @@ def weigh(model: Model, dtype: str, tp: int) -> Weights:
     exact = tp == 1 and total == loaded and not model.assumptions
     source = "every tensor of the architecture"
     if model.checkpoint is not None and dtype == "auto":
-        loaded = loaded * model.checkpoint.num_bytes // total if total else 0
-        total, source = model.checkpoint.num_bytes, "safetensors"
-        loaded = total if tp == 1 else loaded
-        exact = tp == 1
+        stored = model.checkpoint.num_bytes
+        exact = tp == 1 and total == loaded
+        loaded, total, source = loaded * stored // total, stored, "safetensors"
     return Weights(
         num_parameters=sum(t.num_elements for t in everything),
         num_active=sum(t.num_active for t in everything),
@@ -89,7 +89,7 @@ def weights_dtype(model: Model, dtype: str) -> str:
 
 def _method(model: Model, dtype: str) -> tuple[Mapping[str, Any] | None, str]:
     """(the quantisation_config or None, storage type of the rest)."""
-    own = model.config.dtype or "bfloat16"
+    own = model.config.dtype or DEFAULT_DTYPE
     if dtype == "auto":
         found = model.config.get("quantization_config")
         if own not in DTYPE_BYTES:
