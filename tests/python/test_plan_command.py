@@ -79,6 +79,7 @@ LOADS: list[tuple[str, str, dict[str, Any]]] = [
     ("Llama-3.1-405B", "H100", {"tp": 8, "max_model_len": 8192}),
     ("gpt-oss-120b", "A100-40GB", {}),
     ("DeepSeek-V3", "H100", {"tp": 8}),
+    ("DeepSeek-V3", "24GB", {}),  # pairs of changes
     ("Gemma-2-27B", "L40S", {"input_len": 4000, "output_len": 500, "concurrency": 30}),
     ("Mistral-7B-v0.1", "T4", {}),
     ("Jamba-v0.1", "A100-80GB", {"concurrency": 4}),

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pagedkv import InvalidSpec, KVCache, KVSpec, LayerSpec
+import pagedkv
+from pagedkv import InvalidSpec, KVSpec, LayerSpec
 from pagedkv.units import format_bytes, parse_bytes
 
 
@@ -151,7 +152,7 @@ def test_kvcache_names_the_layer_that_it_cannot_hold(kind: str) -> None:
     pytest.importorskip("torch")
     spec = KVSpec(layers=[LAYERS["full"], LAYERS["sliding"], LAYERS[kind]], block_size=4)
     with pytest.raises(InvalidSpec, match=f"layer 2 is of kind '{kind}', which KVCache cannot"):
-        KVCache(spec, num_device_blocks=4)
+        pagedkv.KVCache(spec, num_device_blocks=4)
 
 
 def test_a_spec_without_k_and_v_has_no_blocks() -> None:
