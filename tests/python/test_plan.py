@@ -23,6 +23,34 @@ def test_several_gpus_divide_heads_and_weights() -> None:
     assert latent.kv.token_bytes == latent.kv.model_token_bytes == 70_272
 
 
+@pytest.mark.parametrize("tp", [3, 12])
+def test_kv_heads_are_divided_too(tp: int) -> None:
+    """Llama-3.2-3B has 24 heads and 8 KV heads."""
+    with pytest.raises(
+        pk.InvalidSpec, match="or not its 8 KV heads: expected one of 1, 2, 4, 8, 24"
+    ):
+        pk.plan_memory("Llama-3.2-3B", "L4", tp=tp)
+    assert pk.plan_memory("Llama-3.2-3B", "L4", tp=24).kv.token_bytes * 8 == 114_688
+
+
+def test_a_host_tier_is_divided_among_the_gpus() -> None:
+    plan = pk.plan_memory("Llama-3-8B", "A100-80GB", tp=2, host_memory="32GiB")
+    assert plan.preemption.host_blocks == 16 * GiB // 2**20 - 1
+
+
+def test_one_sequence_of_the_longest_must_fit() -> None:
+    """So engines refuse to start, whatever the load."""
+    short: dict[str, Any] = {"input_len": 100, "output_len": 100}
+    plan = pk.plan_memory("Llama-3.1-8B", "RTX-4090", max_model_len=131_072, **short)
+    assert plan.kv.needed_blocks < plan.kv.num_blocks
+    assert plan.shortfalls == (
+        "one sequence of 131,072 tokens needs 16.0 GiB of K and V, there are 5.0 GiB",
+    )
+    best = dict(plan.changes[0].arguments)["max_model_len"]
+    assert -(-best // 16) == plan.kv.num_blocks
+    assert pk.plan_memory("Llama-3.1-8B", "RTX-4090", **short).fits
+
+
 def test_copies_of_a_model_share_the_load() -> None:
     plan = pk.plan_memory("Llama-3-8B", "A100-80GB", num_gpus=4, tp=2, concurrency=9)
     assert (plan.load.replicas, plan.load.concurrency) == (2, 5)

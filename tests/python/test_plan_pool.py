@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -97,6 +98,17 @@ def test_windowed_layers_never_hold_more(
     assert planned <= -(-length // block)
 
 
+@pytest.mark.parametrize(
+    ("length", "steps", "expected"),
+    [(200, 7, 5), (200, 8, 6), (200, 11, 6), (200, 12, 7), (12, 7, 3), (16, 7, 4), (20, 7, 5),
+     (1000, 1, 4)],
+)  # fmt: skip
+def test_blocks_of_a_windowed_layer(length: int, steps: int, expected: int) -> None:
+    """A window of 10 tokens in blocks of 4: ceil((9 + steps) / 4) + 1, and no more than all."""
+    layer = pk.LayerSpec("sliding", 1, 4, 4, "float16", window=10)
+    assert Pool.of(pk.KVSpec(layers=[layer], block_size=4)).blocks(length, steps) == expected
+
+
 def test_the_bound_of_windowed_layers_is_reached() -> None:
     layer = pk.LayerSpec("sliding", 1, 4, 4, "float16", window=10)
     pool = Pool.of(pk.KVSpec(layers=[layer], block_size=4))
@@ -178,3 +190,13 @@ def test_naive_waste_of_one_load() -> None:
     assert paged.requests == int(pool / 16 // blocks)
     assert paged.internal == pytest.approx(paged.requests * (16 * blocks - stored) / pool)
     assert paged.requests > contiguous.requests * 2
+
+
+def test_a_power_of_two_is_no_longer_than_the_longest_sequence() -> None:
+    load: dict[str, Any] = {"max_batched_tokens": 64, "activation_memory": "10MiB"}
+    plan = pk.plan_memory(SMALL, 20 * 2**20, input_len=200, output_len=100, max_model_len=400,
+                          non_torch_memory=0, **load)  # fmt: skip
+    by_name = {p.name: p for p in plan.policies}
+    power = by_name["contiguous, power of two"]
+    assert power.requests == plan.kv.pool_bytes // plan.spec.token_bytes // 400
+    assert power == replace(by_name["contiguous, maximum"], name=power.name)

@@ -145,7 +145,8 @@ def _gpus(settings: Settings, model: Model) -> tuple[int, int]:
         good = [n for n in range(1, 65) if divides(model, n)]
         raise InvalidSpec(
             f"tp is {tp}, which does not divide the model's {model.config.num_heads} attention "
-            f"heads; {', '.join(map(str, good))} do"
+            f"heads, or not its {model.config.num_kv_heads} KV heads: expected one of "
+            f"{', '.join(map(str, good))}"
         )
     return tp, number // tp
 
