@@ -43,6 +43,11 @@ _ALIASES = {
     "sliding_window": ("attention_window_size",),
 }  # fmt: skip
 _NESTED = ("text_config", "llm_config", "language_config")
+# Types whose language model is another type's.
+_SAME = {
+    "kimi_k2": "deepseek_v3", "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3",
+    "qwen3_vl_moe": "qwen3_moe",
+}  # fmt: skip
 _OF_ITS_OWN = ("hidden_size", "num_hidden_layers")  # no default: a file without is not a config
 
 
@@ -93,6 +98,7 @@ class ModelConfig:
         if fields.get("is_encoder_decoder"):
             raise InvalidSpec("the config is an encoder-decoder's, expected a decoder-only model")
         model_type = str(inner.get("model_type") or outer.get("model_type") or "")
+        model_type = _SAME.get(model_type.removesuffix("_text"), model_type)
         known = _class_defaults()
         if model_type not in known and f"{model_type}_text" in known:
             model_type += "_text"

@@ -220,6 +220,18 @@ def test_token_bytes_are_what_a_dense_cache_holds(model_type: str, fields: dict[
     assert spec.kept_bytes(17) == size == 17 * spec.token_bytes
 
 
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_the_language_model_of_a_multimodal_one(model_type: str) -> None:
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    config = transformers.CONFIG_MAPPING[model_type]()
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    expected = sum(p.numel() for p in model.model.language_model.parameters())
+    head = sum(t.num_elements for t in tensors(ModelConfig.read(config)) if t.role == "head")
+    assert count(ModelConfig.read(config)) == expected + head
+
+
 def test_an_expert_is_met_by_some_tokens_only() -> None:
     config = ModelConfig.read(
         make_config("mixtral", {"num_local_experts": 4, "num_key_value_heads": 2})
