@@ -26,7 +26,7 @@ for python in $(scripts/pythons.sh); do
   auditwheel repair -w "$env/repaired" "$env"/built/*.whl 2>&1 | tail -n 1
   wheel=$(echo "$env"/repaired/*.whl)
   strange=$("$python" -m zipfile -l "$wheel" | awk 'NR > 1 { print $1 }' |
-    grep -vE '^(pagedkv/(.*(/|\.(py|pyi|so|typed)))?|pagedkv-[0-9.]+\.dist-info/.*)$' || :)
+    grep -vE '^(pagedkv/(.*(/|\.(json|py|pyi|so|typed)))?|pagedkv-[0-9.]+\.dist-info/.*)$' || :)
   [ -z "$strange" ] || die "the wheel has what it should not: $strange"
   size=$(stat -c %s "$wheel")
   echo "$(basename "$wheel"): $size bytes"

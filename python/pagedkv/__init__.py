@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from pagedkv.cache import KVCache
     from pagedkv.integrations.transformers import CacheStats, PagedCache
+    from pagedkv.planner.plan import MemoryPlan, plan_memory
     from pagedkv.preemption import CostModel, PreemptRequest
     from pagedkv.simulator.report import SimulationReport
     from pagedkv.simulator.run import simulate
@@ -59,6 +60,7 @@ __all__ = [
     "KVError",
     "KVSpec",
     "LayerSpec",
+    "MemoryPlan",
     "NotResident",
     "OutOfBlocks",
     "PagedCache",
@@ -76,6 +78,7 @@ __all__ = [
     "TransferError",
     "UnknownSequence",
     "__version__",
+    "plan_memory",
     "simulate",
 ]
 
@@ -86,6 +89,7 @@ _LAZY = {
     "KVCache": "pagedkv.cache",
     "KVSpec": "pagedkv.spec",
     "LayerSpec": "pagedkv.spec",
+    "MemoryPlan": "pagedkv.planner.plan",
     "PagedCache": "pagedkv.integrations.transformers",
     "PreemptRequest": "pagedkv.preemption",
     "ServiceModel": "pagedkv.simulator.service",
@@ -93,6 +97,7 @@ _LAZY = {
     "SimulationSetting": "pagedkv.simulator.setting",
     "Step": "pagedkv.step",
     "Transfer": "pagedkv.transfers",
+    "plan_memory": "pagedkv.planner.plan",
     "simulate": "pagedkv.simulator.run",
 }
 

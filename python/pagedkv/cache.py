@@ -63,7 +63,8 @@ class KVCache(Sequences):
     mean what they mean there.
 
     Raises:
-        InvalidSpec: an argument is out of range, or the memory holds no block.
+        InvalidSpec: an argument is out of range, a layer is of a kind that it cannot hold, or the
+            memory holds no block.
         DeviceError: the device, or the memory of the host tier, cannot be had.
     """
 
@@ -86,6 +87,7 @@ class KVCache(Sequences):
         cost_model: CostModel = swap_or_recompute,
     ) -> None:
         self.layout = layout
+        spec.require_kv()
         self.scales = check_scales(scales, spec)
         machine = self.machine = machine_for(device, copy_method)
         self.device = machine.device

@@ -1,4 +1,4 @@
-"""The command line: `pagedkv info`, `pagedkv demo` and `pagedkv simulate`."""
+"""The command line: `pagedkv plan`, `simulate`, `demo` and `info`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from pagedkv.errors import KVError
 from pagedkv.info import CudaInfo, collect
+from pagedkv.planner.command import plan
 from pagedkv.simulator.command import simulate
 from pagedkv.units import format_bytes
 
@@ -28,6 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(plan)
 
 
 @app.command()

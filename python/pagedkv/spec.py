@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from pagedkv.config import ModelConfig
+from pagedkv.config import check_int as _check
 from pagedkv.errors import InvalidSpec
+from pagedkv.layer_kinds import layer_kinds, shared_layers, state_elements, window_of
 
 __all__ = ["DTYPE_BYTES", "KVSpec", "LayerSpec"]
 
@@ -18,25 +21,30 @@ DTYPE_BYTES = {
     "float8_e5m2": 1,
 }
 
-Kind = Literal["full", "sliding"]
-
-
-def _check(name: str, value: object, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InvalidSpec(f"{name} is {value!r}, expected an int of {least} or more")
-    return value
+Kind = Literal["full", "sliding", "chunked", "latent", "state"]
+_KINDS = ("full", "sliding", "chunked", "latent", "state")
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Keys and values of one attention layer.
+    """What one layer keeps of a sequence.
+
+        LayerSpec("full", 8, 128, 128, "bfloat16")
+        LayerSpec("sliding", 8, 128, 128, "bfloat16", window=4096)
+        LayerSpec("latent", 1, 576, 0, "bfloat16")             # kv_lora_rank + rope dim, V is in it
+        LayerSpec("state", 0, 0, 0, "bfloat16", state_bytes=311_296)
 
     Attributes:
-        kind: "full" attention, or "sliding", of which tokens older than `window` are masked.
+        kind: "full" attention; "sliding", of which tokens older than `window` are masked;
+            "chunked", of which tokens before the last multiple of `window` are; "latent", which
+            keeps one vector per token and makes K and V of it; "state", which keeps the same bytes
+            for a sequence of any length: a recurrent layer, or with `state_bytes` 0 one that keeps
+            nothing.
         num_kv_heads: heads of K and of V.
         k_dim, v_dim: elements of one head of K and of V.
         dtype: storage type, one of DTYPE_BYTES.
-        window: tokens that a sliding layer sees, None for a full one.
+        window: tokens that a sliding or chunked layer sees, None for all others.
+        state_bytes: bytes per sequence that do not grow, beside K and V or instead of them.
     """
 
     kind: Kind
@@ -45,18 +53,23 @@ class LayerSpec:
     v_dim: int
     dtype: str
     window: int | None = None
+    state_bytes: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("full", "sliding"):
-            raise InvalidSpec(f'kind is {self.kind!r}, expected "full" or "sliding"')
+        if self.kind not in _KINDS:
+            raise InvalidSpec(f"kind is {self.kind!r}, expected one of {', '.join(_KINDS)}")
         for name in ("num_kv_heads", "k_dim", "v_dim"):
-            _check(name, getattr(self, name))
+            empty = self.kind == "state" or (self.kind, name) == ("latent", "v_dim")
+            value = _check(name, getattr(self, name), 0 if empty else 1)
+            if empty and value:
+                raise InvalidSpec(f"{name} is {value} in a {self.kind} layer, expected 0")
         if self.dtype not in DTYPE_BYTES:
             raise InvalidSpec(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")
-        if (self.window is None) != (self.kind == "full"):
+        if (self.window is None) == (self.kind in ("sliding", "chunked")):
             raise InvalidSpec(f"window is {self.window} in a {self.kind} layer")
         if self.window is not None:
             _check("window", self.window)
+        _check("state_bytes", self.state_bytes, 0)
 
     @property
     def k_bytes(self) -> int:
@@ -67,6 +80,19 @@ class LayerSpec:
     def v_bytes(self) -> int:
         """Bytes of one token's values: num_kv_heads * v_dim * bytes per element."""
         return self.num_kv_heads * self.v_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token: k_bytes + v_bytes."""
+        return self.k_bytes + self.v_bytes
+
+    def shard(self, tp: int) -> LayerSpec:
+        """What one of `tp` GPUs keeps: its heads, or one where there are fewer than GPUs.
+
+        A latent vector is every GPU's: it has no heads to divide.
+        """
+        heads = self.num_kv_heads if self.kind == "latent" else -(-self.num_kv_heads // tp)
+        return replace(self, num_kv_heads=heads, state_bytes=-(-self.state_bytes // tp))
 
 
 @dataclass(frozen=True, init=False)
@@ -107,37 +133,47 @@ class KVSpec:
         object.__setattr__(self, "block_size", block_size)
 
     @classmethod
-    def from_config(cls, config: Any, *, dtype: str | None = None, block_size: int = 16) -> KVSpec:
+    def from_config(
+        cls,
+        config: Any,
+        *,
+        dtype: str | None = None,
+        state_dtype: str | None = None,
+        block_size: int = 16,
+    ) -> KVSpec:
         """The spec of a Hugging Face config: the object, or the dict of its config.json.
 
-        `dtype` replaces the config's own. Raises InvalidSpec naming a field that is missing.
+        `dtype` replaces the config's own for K and V, `state_dtype` for recurrent state. Raises
+        InvalidSpec naming a field that is missing, or a layer of a kind that is not known.
         """
-        text = _get(config, "text_config") or config
-        num_layers = _need(text, "num_hidden_layers", "n_layer", "num_layers")
-        num_heads = _need(text, "num_attention_heads", "n_head")
-        num_kv_heads = _get(text, "num_key_value_heads") or num_heads
-        head_dim = _get(text, "head_dim")
-        if head_dim is None:
-            head_dim = _need(text, "hidden_size", "n_embd") // num_heads
-        if dtype is None:
-            dtype = _get(text, "dtype", "torch_dtype") or _get(config, "dtype", "torch_dtype")
-            dtype = "float32" if dtype is None else dtype
-        dtype = str(dtype).removeprefix("torch.")
-        window = _get(text, "sliding_window")
-        if _get(text, "use_sliding_window") is False:
-            window = None
+        model = ModelConfig.read(config)
+        own = model.dtype or "float32"
+        state_dtype = own if state_dtype is None else state_dtype
+        dtype = own if dtype is None else str(dtype).removeprefix("torch.")
+        kinds = layer_kinds(model)
+        keeping = len(kinds) - shared_layers(model)
         layers = []
-        for i, kind in enumerate(_layer_kinds(text, num_layers, window)):
-            if kind in ("full_attention", "attention"):
-                layers.append(LayerSpec("full", num_kv_heads, head_dim, head_dim, dtype))
-            elif kind == "sliding_attention" and window is not None:
-                layers.append(LayerSpec("sliding", num_kv_heads, head_dim, head_dim, dtype, window))
-            else:
-                raise InvalidSpec(
-                    f"layer {i} is of kind {kind!r}, expected full_attention, or "
-                    "sliding_attention with a sliding_window"
-                )
+        for i, kind in enumerate(kinds):
+            try:
+                layers.append(_layer(model, kind if i < keeping else "none", dtype, state_dtype))
+            except InvalidSpec as error:
+                if kind in ("full", "sliding"):
+                    raise
+                raise InvalidSpec(f"layer {i} is of kind {kind!r}: {error}") from None
         return cls(layers=layers, block_size=block_size)
+
+    def require_kv(self) -> None:
+        """Raise InvalidSpec, naming the layer, if KVCache cannot hold one of the layers yet.
+
+        It holds K and V of every token: sliding layers in full.
+        """
+        for i, layer in enumerate(self.layers):
+            if layer.kind not in ("full", "sliding") or layer.state_bytes:
+                kind = layer.kind if layer.kind not in ("full", "sliding") else "hybrid"
+                raise InvalidSpec(
+                    f"layer {i} is of kind {kind!r}, which KVCache cannot hold yet, expected full "
+                    "or sliding"
+                )
 
     @property
     def num_layers(self) -> int:
@@ -146,7 +182,31 @@ class KVSpec:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token: the sum over layers of heads * (k_dim + v_dim) * element bytes."""
-        return sum(layer.k_bytes + layer.v_bytes for layer in self.layers)
+        return sum(layer.token_bytes for layer in self.layers)
+
+    @property
+    def growing_bytes(self) -> int:
+        """Bytes that each further token of a long sequence adds: those of unwindowed layers."""
+        return sum(layer.token_bytes for layer in self.layers if layer.window is None)
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes at which the windowed layers of a sequence stop: window * token_bytes of each."""
+        return sum(layer.window * layer.token_bytes for layer in self.layers if layer.window)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes per sequence that do not depend on its length."""
+        return sum(layer.state_bytes for layer in self.layers)
+
+    def kept_bytes(self, length: int) -> int:
+        """Bytes of K and V that `length` tokens leave: min(window, length) in windowed layers."""
+        return sum(layer.token_bytes * min(layer.window or length, length) for layer in self.layers)
+
+    def shard(self, tp: int) -> KVSpec:
+        """The spec of one of `tp` GPUs that divide the heads of each layer among them."""
+        layers = [layer.shard(_check("tp", tp)) for layer in self.layers]
+        return KVSpec(layers=layers, block_size=self.block_size)
 
     @property
     def block_bytes(self) -> int:
@@ -158,34 +218,30 @@ class KVSpec:
         return (num_blocks + 1) * self.block_bytes
 
     def num_blocks(self, memory: int) -> int:
-        """Usable blocks in a pool of `memory` bytes."""
+        """Usable blocks in a pool of `memory` bytes.
+
+        Raises InvalidSpec if no layer keeps anything per token, so that a block is 0 bytes.
+        """
+        if not self.block_bytes:
+            raise InvalidSpec("no layer keeps K and V: expected one that is not of kind state")
         return max(0, memory // self.block_bytes - 1)
 
 
-def _get(config: Any, *names: str) -> Any:
-    """The first of these fields that is there and not None."""
-    for name in names:
-        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-        if value is not None:
-            return value
-    return None
-
-
-def _layer_kinds(config: Any, num_layers: int, window: int | None) -> Sequence[str]:
-    """What each layer keeps, in the words of the config where it has some."""
-    if _get(config, "kv_lora_rank") is not None:  # latent attention keeps one vector per token
-        return ["mla"] * num_layers
-    kinds: Sequence[str] | None = _get(config, "layer_types", "layers_block_type")
-    if kinds is not None:
-        return kinds
-    period, offset = _get(config, "attn_layer_period"), _get(config, "attn_layer_offset") or 0
-    if period is not None:
-        return ["attention" if i % period == offset else "mamba" for i in range(num_layers)]
-    return ["full_attention" if window is None else "sliding_attention"] * num_layers
-
-
-def _need(config: Any, *names: str) -> int:
-    value = _get(config, *names)
-    if value is None:
-        raise InvalidSpec(f"the config has no {names[0]}: give a KVSpec of your own")
-    return _check(names[0], value)
+def _layer(model: ModelConfig, kind: str, dtype: str, state_dtype: str) -> LayerSpec:
+    """What a layer of this kind of `layer_kinds` keeps; "none" is one that reads another's."""
+    if state_dtype not in DTYPE_BYTES:
+        raise InvalidSpec(f"dtype is {state_dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")
+    state = state_elements(model, kind) * DTYPE_BYTES[state_dtype]
+    if kind == "latent":
+        dim = model.number("kv_lora_rank") + model.number("qk_rope_head_dim")
+        return LayerSpec("latent", 1, dim, 0, dtype)
+    if kind in ("full", "hybrid"):
+        heads, dim = model.num_kv_heads, model.head_dim
+        return LayerSpec("full", heads, dim, dim, dtype, None, state)
+    if kind == "sliding":
+        heads, dim = model.num_kv_heads, model.head_dim
+        return LayerSpec("sliding", heads, dim, dim, dtype, window_of(model))
+    if kind == "chunked":
+        heads, dim = model.num_kv_heads, model.head_dim
+        return LayerSpec("chunked", heads, dim, dim, dtype, model.number("attention_chunk_size"))
+    return LayerSpec("state", 0, 0, 0, state_dtype, None, state)

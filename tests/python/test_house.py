@@ -37,9 +37,11 @@ CORE_HEADERS = set(
 )
 
 # Modules of the package that work without torch, so that planning and scheduling need none.
-TORCH_FREE = {"__init__", "__main__", "cli", "errors", "info", "preemption", "spec", "units"}
+TORCH_FREE = set(
+    "__init__ __main__ cli config errors info layer_kinds preemption spec units".split()  # noqa: SIM905
+)
 # Packages of which every module does.
-TORCH_FREE_PACKAGES = {"simulator"}
+TORCH_FREE_PACKAGES = {"planner", "simulator"}
 # `import pagedkv` runs these, and takes milliseconds.
 EAGER = {"__init__", "errors"}
 HEAVY = {"numpy", "torch", "transformers", "typer", "rich", "re", "typing", "dataclasses"}

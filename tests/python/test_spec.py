@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import pagedkv
 from pagedkv import InvalidSpec, KVSpec, LayerSpec
 from pagedkv.units import format_bytes, parse_bytes
 
@@ -120,3 +121,88 @@ def test_format_bytes() -> None:
     assert [format_bytes(n) for n in (0, 1023, 1536, 3 << 30, 5 << 40)] == [
         "0 B", "1023 B", "1.5 KiB", "3.0 GiB", "5.0 TiB",
     ]  # fmt: skip
+
+
+LAYERS = {
+    "full": LayerSpec("full", 2, 8, 8, "float16"),
+    "sliding": LayerSpec("sliding", 2, 8, 8, "float16", window=10),
+    "chunked": LayerSpec("chunked", 2, 8, 8, "float16", window=10),
+    "latent": LayerSpec("latent", 1, 24, 0, "float16"),
+    "state": LayerSpec("state", 0, 0, 0, "float16", state_bytes=100),
+    "hybrid": LayerSpec("full", 2, 8, 8, "float16", state_bytes=7),
+}
+
+
+def test_bytes_of_every_kind_of_layer() -> None:
+    spec = KVSpec(layers=list(LAYERS.values()), block_size=4)
+    assert [layer.token_bytes for layer in spec.layers] == [64, 64, 64, 48, 0, 64]
+    assert spec.token_bytes == 304
+    assert spec.growing_bytes == 304 - 128
+    assert spec.window_bytes == 2 * 10 * 64
+    assert spec.state_bytes == 107
+    assert spec.kept_bytes(7) == 7 * 304
+    assert spec.kept_bytes(1000) == 1000 * 176 + 1280
+    assert [layer.token_bytes for layer in spec.shard(2).layers] == [32, 32, 32, 48, 0, 32]
+    assert spec.shard(8).layers[0].num_kv_heads == 1
+    assert spec.shard(2).state_bytes == 54
+
+
+@pytest.mark.parametrize("kind", ["chunked", "latent", "state", "hybrid"])
+def test_kvcache_names_the_layer_that_it_cannot_hold(kind: str) -> None:
+    pytest.importorskip("torch")
+    spec = KVSpec(layers=[LAYERS["full"], LAYERS["sliding"], LAYERS[kind]], block_size=4)
+    with pytest.raises(InvalidSpec, match=f"layer 2 is of kind '{kind}', which KVCache cannot"):
+        pagedkv.KVCache(spec, num_device_blocks=4)
+
+
+def test_a_spec_without_k_and_v_has_no_blocks() -> None:
+    with pytest.raises(InvalidSpec, match="no layer keeps K and V"):
+        KVSpec(layers=[LAYERS["state"]]).num_blocks(10**9)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("latent", 1, 8, 8, "float16"),
+        ("state", 1, 8, 8, "float16"),
+        ("full", 1, 8, 0, "float16"),
+        ("latent", 1, 8, 0, "float16", 5),
+        ("chunked", 1, 8, 8, "float16"),
+        ("state", 0, 0, 0, "float16", None, -1),
+    ],
+)
+def test_layers_that_contradict_themselves(arguments: Any) -> None:
+    with pytest.raises(InvalidSpec):
+        LayerSpec(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("config", "kinds"),
+    [
+        ({"model_type": "gemma2", "sliding_window": 9}, "sfsf"),
+        ({"model_type": "gemma3_text", "sliding_window": 9, "num_hidden_layers": 7}, "sssssfs"),
+        ({"model_type": "gpt_oss", "sliding_window": 9}, "sfsf"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9,
+          "max_window_layers": 3}, "fffs"),
+        ({"model_type": "qwen2", "sliding_window": 9}, "ffff"),
+        ({"model_type": "exaone4", "sliding_window": 9, "sliding_window_pattern": "LG"}, "sfsf"),
+        ({"model_type": "llama4_text", "attention_chunk_size": 9}, "cccf"),
+        ({"model_type": "bamba", "attn_layer_indices": [2], "mamba_n_heads": 4,
+          "mamba_d_head": 32, "mamba_d_state": 8}, "mmfm"),
+        ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-*E", "mamba_num_heads": 4,
+          "mamba_head_dim": 8, "ssm_state_size": 8}, "m-f-"),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 8, "qk_rope_head_dim": 4}, "llll"),
+        ({"model_type": "gemma3n_text", "num_kv_shared_layers": 2, "sliding_window": 9,
+          "layer_types": ["sliding_attention", "full_attention"] * 2}, "sf--"),
+    ],
+)  # fmt: skip
+def test_kinds_of_layers(config: dict[str, Any], kinds: str) -> None:
+    base = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 8, "hidden_size": 32, "dtype": "float16"}  # fmt: skip
+    found = ""
+    for layer in KVSpec.from_config({**base, **config}).layers:
+        mark = {"full": "f", "sliding": "s", "chunked": "c", "latent": "l", "state": "m"}[
+            layer.kind
+        ]
+        found += "-" if layer.kind == "state" and not layer.state_bytes else mark
+    assert found == kinds

@@ -122,11 +122,11 @@ def test_a_forward_that_raises_leaves_the_cache_as_it_was(attached: bool, rows: 
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer 1.*'chunked_attention'"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer 1.*'chunked'"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "layer 0.*'linear_attention'"),
         ({"layers_block_type": ["attention", "mamba"]}, "layer 1.*'mamba'"),
         ({"attn_layer_period": 2, "attn_layer_offset": 1}, "layer 0.*'mamba'"),
-        ({"kv_lora_rank": 8}, "layer 0.*'mla'"),
+        ({"kv_lora_rank": 8}, "layer 0.*'latent'"),
     ],
 )
 def test_layers_that_cannot_be_held_are_named(config: dict[str, Any], named: str) -> None:
