@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from pagedkv.cli import app
 from pagedkv.errors import InvalidSpec
+from pagedkv.planner.plan import plan_memory
 from pagedkv.simulator.plot import short_size
 
 DOCS = Path(__file__).parents[2] / "docs" / "simulator.md"
@@ -171,6 +172,30 @@ def test_the_service_model_can_be_told() -> None:
     assert service["token_seconds"] == pytest.approx(2e-5)
 
 
+def test_a_model_on_a_gpu_is_what_the_planner_says() -> None:
+    pair = ("--model", "llama-3.1-8b", "--gpu", "a100-80gb")
+    report = json.loads(run(*ALPACA, *pair, "--json").stdout)
+    plan = plan_memory("llama-3.1-8b", "a100-80gb")
+    assert report["setting"]["num_slots"] == plan.kv.num_tokens
+    assert report["setting"]["token_bytes"] == 131_072
+    gpu = plan.gpu
+    assert None not in (gpu.bandwidth, gpu.flops, gpu.pcie)
+    assert report["service"] == pytest.approx(
+        {"step_seconds": 16_060_522_496 / gpu.bandwidth,
+         "context_seconds": 131_072 / gpu.bandwidth,
+         "token_seconds": 2 * 8_030_261_248 / (0.5 * gpu.flops),
+         "copy_bandwidth": 0.8 * gpu.pcie}
+    )  # fmt: skip
+    split = json.loads(run(*ALPACA, *pair, "--tp", 2, "--memory", "1GiB", "--json").stdout)
+    assert split["setting"]["token_bytes"] == 65_536
+    assert split["setting"]["num_slots"] == 2**30 // 65_536
+    assert split["service"]["token_seconds"] == pytest.approx(
+        report["service"]["token_seconds"] / 2
+    )
+    own = json.loads(run(*ALPACA, *pair, "--parameters", "1e9", "--json").stdout)["service"]
+    assert own["step_seconds"] == pytest.approx(2e9 / gpu.bandwidth)
+
+
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_charts(prefixes: Path, tmp_path: Path, suffix: str) -> None:
     image = pytest.importorskip("PIL.Image")
@@ -224,6 +249,11 @@ def test_short_sizes() -> None:
         ((*ALPACA, "--bandwidth", "0"), "bandwidth is 0"),
         ((*ALPACA, "--copy-bandwidth", "0"), "copy_bandwidth is 0"),
         ((*ALPACA, "--parameters", "-1"), "step_seconds is -"),
+        ((*ALPACA, "--model", "llama-3.1-8b"), "expected both --model and --gpu"),
+        ((*ALPACA, "--tp", "2"), "expected both --model and --gpu"),
+        ((*ALPACA, "--model", "llama-3.1-8b", "--gpu", "80GB"), "no speed is known"),
+        ((*ALPACA, "--model", "llama-3.1-70b", "--gpu", "l4"), "leaves no memory"),
+        ((*ALPACA, "--model", "lama", "--gpu", "l4"), "model"),
         ((*ALPACA, "--plot", "chart.gif"), "plot chart.gif: expected a file name that ends in"),
         ((*ALPACA, "--plot", "nowhere/a.png"), "the folder nowhere does not exist"),
     ],
@@ -248,7 +278,7 @@ def test_a_broken_line_ends_in_a_message_and_code_2(tmp_path: Path) -> None:
     skipping = [*command, "--skip-broken"]
     skipped = subprocess.run(skipping, capture_output=True, text=True, check=False)
     assert skipped.returncode == 0, skipped.stderr
-    assert "1 requests in 0 s, 1 broken lines left out" in skipped.stdout
+    assert "1 requests at once, 1 broken lines left out" in skipped.stdout
     assert skipped.stderr == ""
 
 

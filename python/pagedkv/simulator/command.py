@@ -18,6 +18,7 @@ from pagedkv.errors import InvalidSpec
 from pagedkv.units import parse_bytes
 
 if TYPE_CHECKING:  # what takes longer to import than other commands take to run
+    from pagedkv.simulator.hardware import Hardware
     from pagedkv.simulator.report import SimulationReport
     from pagedkv.simulator.service import ServiceModel
     from pagedkv.simulator.setting import SimulationSetting
@@ -44,9 +45,14 @@ CacheSizes = Annotated[
 Plot = Annotated[Path | None, _option(None, "Draw charts into a .png, .svg or .pdf file.")]
 AsJson = Annotated[bool, _option(None, "Print JSON instead of tables.", "--json")]
 
+Model = Annotated[
+    str | None, _option(_M, "What `pagedkv plan` says of this model; needs --gpu, too.")
+]
+GpuName = Annotated[str | None, _option(_M, "The GPU that it is on, by name.")]
+Tp = Annotated[int | None, _option(_M, "GPUs that divide one copy of it.")]
 NumSlots = Annotated[int | None, _option(_M, "Tokens of K and V on the device. [default: 15728]")]
 Memory = Annotated[str | None, _option(_M, 'Or its bytes, such as "12GiB" or "40GB".')]
-TokenBytes = Annotated[int, _option(_M, "Bytes of K and V of one token.")]
+TokenBytes = Annotated[int | None, _option(_M, "Bytes of K and V of one token. [default: 819200]")]
 BlockSize = Annotated[int, _option(_M, "Tokens in a block.")]
 HostMemory = Annotated[
     str | None, _option(_M, "Bytes of the host tier. [default: as many as the device's]")
@@ -75,14 +81,23 @@ Seed = Annotated[int, _option(_L, "Of all that is drawn.")]
 HashBlockSize = Annotated[int, _option(_L, "Tokens that one of a trace's hash_ids stands for.")]
 SkipBroken = Annotated[bool, _option(_L, "Leave out broken lines instead of refusing the trace.")]
 
-Parameters = Annotated[float, _option(_S, "Parameters that a token is multiplied with.")]
+Parameters = Annotated[
+    float | None,
+    _option(_S, "Parameters that a token is multiplied with. [default: 12853473280]"),
+]
 Weights = Annotated[
     str | None, _option(_S, "Bytes of the weights. [default: 2 for each parameter]")
 ]
-Bandwidth = Annotated[str, _option(_S, "Bytes per second from the GPU's memory.")]
-Tflops = Annotated[float, _option(_S, "Peak of the GPU, in 10^12 operations per second.")]
+Bandwidth = Annotated[
+    str | None, _option(_S, "Bytes per second from the GPU's memory. [default: 1555GB]")
+]
+Tflops = Annotated[
+    float | None, _option(_S, "Peak of the GPU, in 10^12 operations per second. [default: 312]")
+]
 Efficiency = Annotated[float, _option(_S, "Share of the peak that is reached.")]
-CopyBandwidth = Annotated[str, _option(_S, "Bytes per second between device and host.")]
+CopyBandwidth = Annotated[
+    str | None, _option(_S, "Bytes per second between device and host. [default: 25GB]")
+]
 StepMs = Annotated[
     float | None, _option(_S, "Milliseconds of a decode step, however long the context.")
 ]
@@ -95,9 +110,12 @@ def simulate(
     cache_sizes: CacheSizes = "",
     plot: Plot = None,
     as_json: AsJson = False,
+    model: Model = None,
+    gpu: GpuName = None,
+    tp: Tp = None,
     num_slots: NumSlots = None,
     memory: Memory = None,
-    token_bytes: TokenBytes = 819_200,
+    token_bytes: TokenBytes = None,
     block_size: BlockSize = 16,
     host_memory: HostMemory = None,
     max_model_len: MaxModelLen = None,
@@ -112,40 +130,34 @@ def simulate(
     seed: Seed = 0,
     hash_block_size: HashBlockSize = 512,
     skip_broken: SkipBroken = False,
-    parameters: Parameters = 12_853_473_280,
+    parameters: Parameters = None,
     weights: Weights = None,
-    bandwidth: Bandwidth = "1555GB",
-    tflops: Tflops = 312,
+    bandwidth: Bandwidth = None,
+    tflops: Tflops = None,
     efficiency: Efficiency = 0.5,
-    copy_bandwidth: CopyBandwidth = "25GB",
+    copy_bandwidth: CopyBandwidth = None,
     step_ms: StepMs = None,
     prefill_rate: PrefillRate = None,
 ) -> None:
     """Run a load through policies of KV memory, side by side.
 
-    The defaults are OPT-13B on an A100 with 40 GB. With --cache-sizes, or without a memory on a
+    The defaults are OPT-13B on an A100 with 40 GB; --model and --gpu take another pair's from the
+    planner, and other options replace single values. With --cache-sizes, or without a memory on a
     trace that has hash_ids, it is the prefix cache that is studied. docs/simulator.md says what is
     modelled and what runs on the real block manager.
     """
-    slots = _slots(num_slots, memory, token_bytes)
-    setting = _setting(
-        num_slots=slots,
-        block_size=block_size,
-        token_bytes=token_bytes,
-        host_slots=_host_slots(host_memory, token_bytes),
-        max_model_len=max_model_len,
-        max_batch=max_batch,
-        watermark=watermark,
-        samples=samples,
-        beams=beams,
-        beam_switch=beam_switch,
-        preempt=preempt,
-        seed=seed,
-    )
-    service = _service(
-        token_bytes, parameters, weights, bandwidth, tflops, efficiency, copy_bandwidth, step_ms,
-        prefill_rate,
+    hardware = _hardware(
+        model, gpu, tp, block_size, token_bytes, parameters, weights, bandwidth, tflops,
+        efficiency, copy_bandwidth,
     )  # fmt: skip
+    slots = _slots(num_slots, memory, hardware)
+    setting = _setting(
+        num_slots=slots, block_size=block_size, token_bytes=hardware.token_bytes,
+        host_slots=_host_slots(host_memory, hardware.token_bytes), max_model_len=max_model_len,
+        max_batch=max_batch, watermark=watermark, samples=samples, beams=beams,
+        beam_switch=beam_switch, preempt=preempt, seed=seed,
+    )  # fmt: skip
+    service = _service(hardware, step_ms, prefill_rate)
     if plot is not None:
         import_module("pagedkv.simulator.plot").check_plot(plot)
     load = _load(trace, rate, num_requests, seed, hash_block_size, skip_broken)
@@ -161,13 +173,38 @@ def simulate(
         import_module("pagedkv.simulator.show").print_report(report)
 
 
-def _slots(num_slots: int | None, memory: str | None, token_bytes: int) -> int | None:
+def _hardware(
+    model: str | None, gpu: str | None, tp: int | None, block_size: int, token_bytes: int | None,
+    parameters: float | None, weights: str | None, bandwidth: str | None, tflops: float | None,
+    efficiency: float, copy_bandwidth: str | None,
+) -> Hardware:  # fmt: skip
+    from pagedkv.simulator.hardware import Hardware
+
+    if (model is None) != (gpu is None) or (tp is not None and model is None):
+        raise InvalidSpec("--model, --gpu and --tp: expected both --model and --gpu, or none")
+    hardware = Hardware()
+    if model is not None and gpu is not None:
+        hardware = Hardware.of(model, gpu, tp=tp, block_size=block_size)
+    if parameters is not None and weights is None:
+        hardware = replace(hardware, weight_bytes=None)
+    return hardware.changed(
+        token_bytes=token_bytes,
+        num_parameters=parameters,
+        weight_bytes=weights and parse_bytes(weights, "--weights"),
+        bandwidth=bandwidth and parse_bytes(bandwidth, "--bandwidth"),
+        flops=None if tflops is None else tflops * 1e12,
+        efficiency=efficiency,
+        copy_bandwidth=copy_bandwidth and parse_bytes(copy_bandwidth, "--copy-bandwidth"),
+    )
+
+
+def _slots(num_slots: int | None, memory: str | None, hardware: Hardware) -> int | None:
     """Tokens in the device's memory, if it is given."""
     if memory is None:
-        return num_slots
+        return hardware.num_slots if num_slots is None else num_slots
     if num_slots is not None:
         raise InvalidSpec("--num-slots is given beside --memory: choose one")
-    return parse_bytes(memory, "--memory") // max(1, token_bytes)
+    return parse_bytes(memory, "--memory") // max(1, hardware.token_bytes)
 
 
 def _host_slots(host_memory: str | None, token_bytes: int) -> int | None:
@@ -184,21 +221,8 @@ def _setting(**values: Any) -> SimulationSetting:
     return SimulationSetting(**values)
 
 
-def _service(
-    token_bytes: int, parameters: float, weights: str | None, bandwidth: str, tflops: float,
-    efficiency: float, copy_bandwidth: str, step_ms: float | None, prefill_rate: float | None,
-) -> ServiceModel:  # fmt: skip
-    from pagedkv.simulator.service import ServiceModel
-
-    model = ServiceModel.from_hardware(
-        weight_bytes=2 * parameters if weights is None else parse_bytes(weights, "--weights"),
-        num_parameters=parameters,
-        token_bytes=token_bytes,
-        bandwidth=parse_bytes(bandwidth, "--bandwidth"),
-        flops=tflops * 1e12,
-        efficiency=efficiency,
-        copy_bandwidth=parse_bytes(copy_bandwidth, "--copy-bandwidth"),
-    )
+def _service(hardware: Hardware, step_ms: float | None, prefill_rate: float | None) -> ServiceModel:
+    model = hardware.service
     if step_ms is not None:
         model = replace(model, step_seconds=step_ms / 1e3, context_seconds=0.0)
     if prefill_rate is not None:

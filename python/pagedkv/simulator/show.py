@@ -44,8 +44,9 @@ def print_report(report: SimulationReport, console: Console | None = None) -> No
 def _headline(report: SimulationReport) -> list[str]:
     trace, setting, service = report.trace, report.setting, report.service
     skipped = f", {trace.num_skipped} broken lines left out" if trace.num_skipped else ""
+    when = f"in {trace.seconds:,.0f} s" if trace.seconds else "at once"
     lines = [
-        f"{trace.name}: {trace.num_requests:,} requests in {trace.seconds:,.0f} s{skipped}, mean "
+        f"{trace.name}: {trace.num_requests:,} requests {when}{skipped}, mean "
         f"lengths {trace.mean_input_length:,.1f} in and {trace.mean_output_length:,.1f} out"
     ]
     if not report.policies:
