@@ -1,6 +1,7 @@
 #include "host/host_pool.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -42,11 +43,24 @@ void split_heads(const std::byte* from, std::int64_t count, std::int64_t num_hea
   }
 }
 
+// Small ones without a call.
+void copy_token(std::byte* to, const std::byte* from, std::size_t bytes) {
+  switch (bytes) {
+    case 2: std::memcpy(to, from, 2); return;
+    case 4: std::memcpy(to, from, 4); return;
+    case 8: std::memcpy(to, from, 8); return;
+    case 16: std::memcpy(to, from, 16); return;
+    default: std::memcpy(to, from, bytes);
+  }
+}
+
 }  // namespace
 
 HostPool::HostPool(std::vector<Region> regions, std::int32_t num_blocks, std::int32_t block_size)
     : regions_(std::move(regions)), num_blocks_(num_blocks), block_size_(block_size) {
   require(num_blocks > 0 && block_size > 0, "num_blocks and block_size: expected positive numbers");
+  const auto size = static_cast<std::uint32_t>(block_size);
+  if (std::has_single_bit(size)) shift_ = std::countr_zero(size);
   for (const Region& r : regions_) {
     require(r.base != nullptr && r.token_bytes > 0 && r.block_stride >= r.token_bytes * block_size,
             "regions: expected a base, and blocks that do not overlap");
@@ -90,16 +104,30 @@ void HostPool::check_slots(std::size_t i, std::span<const std::int64_t> slots) c
 void HostPool::scatter(std::size_t i, std::span<const std::int64_t> slots, const std::byte* source,
                        std::int64_t source_stride) {
   check_slots(i, slots);
-  const Region& r = region(i);
-  std::int64_t block = -1;  // slots mostly run on within a block
-  std::byte* at = nullptr;
+  const Part part{region(i), source, source_stride};
+  scatter_parts<1>({part}, slots);
+}
+
+void HostPool::write(std::size_t layer, std::span<const std::int64_t> slots, const std::byte* k,
+                     std::int64_t k_stride, const std::byte* v, std::int64_t v_stride) {
+  check_slots(2 * layer, slots);
+  scatter_parts<2>({Part{region(2 * layer), k, k_stride}, {region(2 * layer + 1), v, v_stride}},
+                   slots);
+}
+
+// The block and the offset of each slot are found once for all parts.
+template <std::size_t kNumParts>
+void HostPool::scatter_parts(std::array<Part, kNumParts> parts,
+                             std::span<const std::int64_t> slots) const {
   for (const std::int64_t slot : slots) {
-    if (slot / block_size_ != block) {
-      block = slot / block_size_;
-      at = r.base + block * r.block_stride - block * block_size_ * r.token_bytes;
+    const std::int64_t block = shift_ >= 0 ? slot >> shift_ : slot / block_size_;
+    const std::int64_t offset = slot - block * block_size_;
+    for (Part& part : parts) {
+      const Region& r = part.region;
+      copy_token(r.base + block * r.block_stride + offset * r.token_bytes, part.source,
+                 static_cast<std::size_t>(r.token_bytes));
+      part.source += part.stride;
     }
-    std::memcpy(at + slot * r.token_bytes, source, static_cast<std::size_t>(r.token_bytes));
-    source += source_stride;
   }
 }
 

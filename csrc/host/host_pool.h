@@ -1,6 +1,7 @@
 // Keys and values in host memory, read and written by the calling thread.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -21,6 +22,8 @@ class HostPool final : public Pool {
   void copy_blocks(std::span<const std::int32_t> copies) override;
   void scatter(std::size_t region, std::span<const std::int64_t> slots, const std::byte* source,
                std::int64_t source_stride) override;
+  void write(std::size_t layer, std::span<const std::int64_t> slots, const std::byte* k,
+             std::int64_t k_stride, const std::byte* v, std::int64_t v_stride) override;
   void gather(std::size_t region, const TableView& table, std::int32_t first_block,
               std::span<const std::int32_t> num_tokens, std::int32_t num_heads, std::int32_t width,
               std::byte* target) override;
@@ -37,9 +40,18 @@ class HostPool final : public Pool {
                     std::int32_t width) const;
 
  private:
+  struct Part {  // of a token: what goes into one region
+    Region region;
+    const std::byte* source;
+    std::int64_t stride;
+  };
+  template <std::size_t kNumParts>
+  void scatter_parts(std::array<Part, kNumParts> parts, std::span<const std::int64_t> slots) const;
+
   std::vector<Region> regions_;
   std::int32_t num_blocks_;
   std::int32_t block_size_;
+  int shift_ = -1;  // block_size is 1 << shift; -1: it is no power of two
 };
 
 }  // namespace pagedkv

@@ -27,7 +27,7 @@ from pagedkv.spec import KVSpec
 from pagedkv.step import Step
 from pagedkv.transfers import GONE, Transfers
 from pagedkv.units import parse_bytes
-from pagedkv.writes import check_source
+from pagedkv.writes import Stored, check_source
 
 __all__ = ["KVCache"]
 
@@ -108,6 +108,7 @@ class KVCache(Sequences):
         super().__init__(spec, manager, prefill_rate, cost_model)
         memory = DevicePool.allocate(spec, num_device_blocks + 1, layout, machine.device)
         self._layers = memory.layers
+        self._stored = [Stored(k, v) for k, v in memory.layers]
         self._pool = machine.make_pool(memory, manager)
         if num_host_blocks or machine.needs_order:
             copier = machine.transfer_device(num_host_blocks > 0)
@@ -171,11 +172,20 @@ class KVCache(Sequences):
         open one.
         """
         self._require(step)
-        num_tokens, pools = step.plan.num_tokens, self._pools(layer)
+        pools, num_tokens, slots = self._pools(layer), step.num_tokens, step.slots
+        stored = self._stored[layer]
+        if stored.matches(k, v, num_tokens):
+            self._follow()
+            k_at, v_at = k.data_ptr(), v.data_ptr()
+            self._pool.write(
+                layer, step.slots_at, num_tokens, k_at, stored.k_bytes, v_at, stored.v_bytes
+            )
+            self.machine.hold(slots, k, v)
+            return
         check_source(k, "k", pools[0], num_tokens)
         check_source(v, "v", pools[1], num_tokens)
         self._follow()
-        self.machine.write(self._pool, layer, step.slots, k, v, pools[0].dtype, self.scales[layer])
+        self.machine.write(self._pool, layer, slots, k, v, pools[0].dtype, self.scales[layer])
 
     def gather(self, layer: int, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of whole sequences, [B, H, max(seq_lens), dim], zeros past each length.

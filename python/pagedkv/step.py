@@ -27,6 +27,7 @@ class Step:
 
     def __init__(self, kv: KVCache, plan: StepPlan, close: Callable[[Step], None]) -> None:
         self.plan = plan
+        self.num_tokens: int = plan.num_tokens
         self._kv = kv
         self._close = close
         self._open = True
@@ -54,6 +55,11 @@ class Step:
     def slots(self) -> torch.Tensor:
         """Where each new token's K and V go: block * block_size + offset, int64 [T]."""
         return self._view("slots")
+
+    @cached_property
+    def slots_at(self) -> int:
+        """The address of `slots`."""
+        return self.slots.data_ptr()
 
     @property
     def positions(self) -> torch.Tensor:
