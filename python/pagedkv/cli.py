@@ -102,3 +102,5 @@ def main() -> None:
         app()
     except KVError as error:
         _fail(str(error))
+    except OSError as error:  # of a file that a flag names, or of the output
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}")

@@ -6,12 +6,15 @@ import re
 
 from pagedkv.errors import InvalidSpec
 
+GiB = 2**30
+
 _UNITS = {
     "": 1,
     "B": 1,
     **{f"{prefix}B": 1000 ** (i + 1) for i, prefix in enumerate("KMGT")},
     **{f"{prefix}iB": 1024 ** (i + 1) for i, prefix in enumerate("KMGT")},
 }
+_IN_SMALL = {unit.lower(): unit for unit in _UNITS}  # but not "Gb", which may mean bits
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -26,7 +29,8 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
             raise InvalidSpec(f"{name} is {size}, expected a number of bytes of 0 or more")
         return size
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None
-    unit = match[2][:1].upper() + match[2][1:] if match else None
+    unit = match[2] if match else ""
+    unit = _IN_SMALL.get(unit, unit[:1].upper() + unit[1:])
     if match is None or unit not in _UNITS:
         raise InvalidSpec(f'{name} is {size!r}, expected bytes, or a size such as "2GiB" or "40GB"')
     return int(float(match[1]) * _UNITS[unit])

@@ -91,7 +91,8 @@ def test_preemption_costs() -> None:
     assert swap.num_bytes == 2000 * 131_072
     assert swap.host_blocks == 32 * GiB // (2 * 2**20) - 1
     assert swap.swap_seconds == pytest.approx(2 * 2000 * 131_072 / (32e9 * 0.8))
-    work = 2 * 8_030_261_248 * 2000 + 32 * 4 * 32 * 128 * 2000 * 2000 / 2
+    multiplied = 8_030_261_248 - 128_256 * 4096  # the embedding is looked up
+    work = 2 * multiplied * 2000 + 32 * 4 * 32 * 128 * 2000 * 2000 / 2
     assert swap.recompute_seconds == pytest.approx(work / (312e12 * 0.5))
     assert swap.cheaper == "swap"
     unknown = pk.plan_memory("Llama-3.1-8B", "80GiB").preemption

@@ -176,16 +176,16 @@ def test_naive_waste_of_one_load() -> None:
     plan = pk.plan_memory(SMALL, 20 * 2**20, input_len=100, output_len=60, max_model_len=512,
                           max_batched_tokens=64, activation_memory="10MiB",
                           non_torch_memory=0)  # fmt: skip
-    pool = plan.kv.pool_bytes // plan.spec.token_bytes
+    pool = plan.kv.num_blocks * 16
     lengths = range(100, 161)
     stored = sum(lengths) / len(lengths)
     blocks = sum(-(-n // 16) for n in lengths) / len(lengths)
     by_name = {p.name: p for p in plan.policies}
-    contiguous, power = by_name["contiguous, maximum"], by_name["contiguous, power of two"]
+    contiguous, power = by_name["contiguous-max"], by_name["contiguous-pow2"]
     assert contiguous.requests == pool // 512
     assert contiguous.tokens == pytest.approx(contiguous.requests * stored / pool)
     assert contiguous.internal == pytest.approx(contiguous.requests * (512 - 160) / pool)
-    assert power.requests == pool // 256
+    assert power.requests == pool // (100 + 64)
     paged = by_name["paged"]
     assert paged.requests == int(pool / 16 // blocks)
     assert paged.internal == pytest.approx(paged.requests * (16 * blocks - stored) / pool)
@@ -194,9 +194,34 @@ def test_naive_waste_of_one_load() -> None:
 
 def test_a_power_of_two_is_no_longer_than_the_longest_sequence() -> None:
     load: dict[str, Any] = {"max_batched_tokens": 64, "activation_memory": "10MiB"}
-    plan = pk.plan_memory(SMALL, 20 * 2**20, input_len=200, output_len=100, max_model_len=400,
+    plan = pk.plan_memory(SMALL, 20 * 2**20, input_len=200, output_len=100, max_model_len=320,
                           non_torch_memory=0, **load)  # fmt: skip
     by_name = {p.name: p for p in plan.policies}
-    power = by_name["contiguous, power of two"]
-    assert power.requests == plan.kv.pool_bytes // plan.spec.token_bytes // 400
-    assert power == replace(by_name["contiguous, maximum"], name=power.name)
+    power = by_name["contiguous-pow2"]
+    assert power.requests == plan.kv.num_blocks * 16 // 320
+    assert power == replace(by_name["contiguous-max"], name=power.name)
+
+
+def test_recurrent_state_takes_its_share_of_a_full_memory() -> None:
+    load: dict[str, Any] = {"max_model_len": 8192, "input_len": 100, "output_len": 100}
+    plan = pk.plan_memory("Jamba-v0.1", "H200", concurrency=4, **load)
+    paged = next(p for p in plan.policies if p.name == "paged")
+    assert paged.request_bytes > plan.kv.model_state_bytes
+    assert pk.plan_memory("Jamba-v0.1", "H200", concurrency=paged.requests // 2, **load).fits
+    assert not pk.plan_memory("Jamba-v0.1", "H200", concurrency=2 * paged.requests, **load).fits
+
+
+def test_what_the_grid_calls_possible_fits() -> None:
+    plan = pk.plan_memory("Llama-3.1-8B", "A100-80GB", max_model_len=8192)
+    assert max(plan.grid.frontier) == plan.load.max_num_seqs == 256
+    for context, most in zip(plan.grid.contexts, plan.grid.frontier, strict=True):
+        again = pk.plan_memory("Llama-3.1-8B", "A100-80GB", max_model_len=8192,
+                               input_len=context - 1, output_len=1, concurrency=most)  # fmt: skip
+        assert again.fits, context
+
+
+def test_without_a_longest_sequence_the_model_s_is_reserved() -> None:
+    plan = pk.plan_memory("Llama-3.1-8B", "A100-80GB", input_len=1024, output_len=512)
+    most = next(p for p in plan.policies if p.name == "contiguous-max")
+    assert most.requests == plan.kv.num_tokens // 131_072
+    assert most.internal > 0.5

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pagedkv.config import ModelConfig
+from pagedkv.units import GiB
 
 __all__ = [
     "Component",
@@ -19,7 +20,7 @@ __all__ = [
     "roughly",
 ]
 
-GiB = 2**30
+_LABELS = {"kv_cache": "K and V", "non-torch": "overhead"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Component:
     low: int
     high: int
     source: str
+
+    @property
+    def label(self) -> str:
+        """The name as people read it."""
+        return _LABELS.get(self.name, self.name)
 
 
 def exactly(name: str, num_bytes: int, source: str) -> Component:

@@ -26,6 +26,7 @@ class Gpu:
         bandwidth: bytes per second of its memory, by its data sheet; None where unknown.
         flops: dense bfloat16 (else float16) operations per second, by its data sheet.
         pcie: bytes per second to host memory in one direction, by its data sheet.
+        has_bfloat16: whether it computes with it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Gpu:
     bandwidth: float | None = None
     flops: float | None = None
     pcie: float | None = None
+    has_bfloat16: bool = True
 
 
 def find_gpu(gpu: str | int) -> Gpu:
@@ -45,7 +47,7 @@ def find_gpu(gpu: str | int) -> Gpu:
         known = gpus()
         names = {_key(alias): name for name in known for alias in (name, *_facts("gpus")[name][
             "aliases"])}  # fmt: skip
-        key = _key(gpu)
+        key = _key(gpu).removeprefix("nvidia").removeprefix("geforce")
         if key in names:
             return known[names[key]]
         similar = sorted({name for alias, name in names.items() if key and alias.startswith(key)})
@@ -71,6 +73,7 @@ def gpus() -> dict[str, Gpu]:
             facts["bandwidth_gb_s"] * 1e9,
             facts["tflops_bf16"] * 1e12,
             facts["pcie_gb_s"] * 1e9,
+            facts.get("bfloat16", True),
         )
         for name, facts in _facts("gpus").items()
     }

@@ -101,6 +101,10 @@ def _fewer(fits: _Fits, settings: Settings, load: Load) -> Change | None:
 def _more_gpus(fits: _Fits, fitter: Fitter, settings: Settings, load: Load) -> Change | None:
     if settings.weights_memory is not None or settings.activation_memory is not None:
         return None  # what was logged on one GPU says nothing of several
+    total = load.tp * load.replicas
+    for tp in range(load.tp + 1, total + 1):  # of those that are there
+        if total % tp == 0 and divides(fitter.model, tp) and fits(tp=tp, num_gpus=total):
+            return Change((("tp", tp), ("num_gpus", total)), "fewer copies of the model")
     for tp in range(load.tp + 1, 65):
         if divides(fitter.model, tp) and fits(tp=tp, num_gpus=tp * load.replicas):
             return Change(
@@ -114,12 +118,11 @@ def _smaller_steps(fits: _Fits, settings: Settings, load: Load) -> Change | None
     """Fewer tokens per step, or fewer sequences: what the activations depend on."""
     if settings.activation_memory is not None:
         return None
-    fewer = load.max_num_seqs
     least = max(1, load.concurrency * load.sequences)
     for tokens in _halves(load.max_batched_tokens, 256):
         if fits(max_batched_tokens=tokens):
             return Change((("max_batched_tokens", tokens),), "prompts take more steps")
-    for sequences in _halves(fewer, least):
+    for sequences in _halves(load.max_num_seqs, least):
         if fits(max_num_seqs=sequences):
             return Change((("max_num_seqs", sequences),), "a smaller sampler")
     return None
@@ -144,8 +147,6 @@ def _pairs(fitter: Fitter, settings: Settings, load: Load) -> Iterator[Change | 
         if name == "gpu":
             other, base = replace(fitter, gpu=gpus()[value]), settings
         else:
-            if name == "tp":
-                changed["num_gpus"] = value * load.replicas
             other, base = fitter, replace(settings, **changed)
         for second in _single(other, base, Load.of(base, fitter.model)):
             if second is not None and second.arguments[0][0] not in ("gpu", *changed):

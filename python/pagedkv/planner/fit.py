@@ -162,7 +162,7 @@ def _weights(weighed: Weights, load: Load) -> Component:
     if weighed.exact:
         return exactly("weights", weighed.num_bytes, weighed.source)
     band = weighed.num_bytes // 50
-    low, high = weighed.num_bytes - band, weighed.num_bytes + band
+    low, high = weighed.num_bytes - band, max(weighed.most_bytes, weighed.num_bytes) + band
     return roughly("weights", weighed.num_bytes, low, high, weighed.source)
 
 

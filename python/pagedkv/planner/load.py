@@ -52,6 +52,8 @@ class Load:
         replicas: copies of the model: num_gpus / tp.
         kv_dtype: storage type of K and V; state_dtype: of recurrent state, the weights'.
         concurrency: requests at once on one replica.
+        longest: tokens of the longest sequence that would be accepted: max_model_len where it is
+            given, else the model's.
         sequences: sequences of one request: beams * samples.
         max_num_seqs: most sequences in a step, for the sampler's memory.
     """
@@ -62,6 +64,7 @@ class Load:
     state_dtype: str
     block_size: int
     max_model_len: int
+    longest: int
     input_len: int
     output_len: int
     concurrency: int
@@ -93,6 +96,12 @@ class Load:
         max_model_len, input_len, output_len = _lengths(settings, model)
         requests = -(-settings.concurrency // replicas)
         sequences = settings.beams * settings.samples
+        in_a_step = settings.max_num_seqs
+        if in_a_step is not None and in_a_step < requests * sequences:
+            raise InvalidSpec(
+                f"max_num_seqs is {in_a_step}, expected at least {requests * sequences}: the "
+                "sequences that are to run at once"
+            )
         return cls(
             tp=tp,
             replicas=replicas,
@@ -100,11 +109,12 @@ class Load:
             state_dtype=weights_dtype(model, settings.dtype),
             block_size=settings.block_size,
             max_model_len=max_model_len,
+            longest=settings.max_model_len or model.max_model_len or max_model_len,
             input_len=input_len,
             output_len=output_len,
             concurrency=requests,
             sequences=sequences,
-            max_num_seqs=settings.max_num_seqs or max(256, requests * sequences),
+            max_num_seqs=in_a_step or max(256, requests * sequences),
             max_batched_tokens=settings.max_batched_tokens,
             utilization=float(utilization),
             capped=settings.windows == "capped",
@@ -116,7 +126,10 @@ class Load:
 
 
 def _size(value: int | str | None, name: str) -> int | None:
-    return None if value is None else parse_bytes(value, name)
+    size = None if value is None else parse_bytes(value, name)
+    if size is not None and 0 < size < 2**20:
+        raise InvalidSpec(f"{name} is {size} bytes: is a unit missing, such as GiB?")
+    return size
 
 
 def _check_ints(settings: Settings) -> None:
@@ -126,12 +139,6 @@ def _check_ints(settings: Settings) -> None:
                         ("max_num_seqs", 1)):  # fmt: skip
         if getattr(settings, name) is not None:
             check_int(name, getattr(settings, name), least)
-    asked = settings.max_num_seqs
-    if asked is not None and asked < settings.beams * settings.samples:
-        raise InvalidSpec(
-            f"max_num_seqs is {asked}, expected at least {settings.beams * settings.samples}: the "
-            "beams and samples of one request"
-        )
 
 
 def _gpus(settings: Settings, model: Model) -> tuple[int, int]:

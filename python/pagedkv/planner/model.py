@@ -70,11 +70,17 @@ class Model:
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
         factor = rope.get("factor") if isinstance(rope, dict) else None
-        if not isinstance(factor, (int, float)) or kind not in ("yarn", "linear", "dynamic"):
+        if factor is None or kind not in ("yarn", "linear", "dynamic"):
             return length
         trained = rope.get("original_max_position_embeddings")
+        for name, value in (("factor", factor), ("original_max_position_embeddings", trained)):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < 1e9):
+                raise InvalidSpec(
+                    f"rope_scaling.{name} is {value!r} in the config, expected a positive number"
+                )
         if trained is None:
-            return int(length * factor)
+            return max(1, int(length * factor))
         return max(length, int(trained * factor))
 
 

@@ -71,7 +71,7 @@ class Grid:
         concurrencies: sequences at once, columns.
         needed_bytes: per row and column, on one GPU.
         fits: the same, whether there is so much.
-        frontier: per row, most sequences at once.
+        frontier: per row, most sequences at once, up to load.max_num_seqs.
     """
 
     contexts: tuple[int, ...]
@@ -267,7 +267,7 @@ def _components(fit: Fit) -> tuple[Component, ...]:
         num_bytes=fit.kv_bytes,
         exact=all(c.exact for c in others),
         low=max(0, fit.kv_bytes - slack[0]),
-        high=fit.kv_bytes + slack[1],
+        high=max(0, (fit.kv_bytes or fit.available) + slack[1]),
         source=f"{fit.num_blocks:,} blocks of {fit.pool.block_bytes:,} bytes",
     )
     return (fit.weights, kv, fit.activations, fit.non_torch)
@@ -294,13 +294,17 @@ def _kv(fit: Fit, whole: KVSpec) -> KVPlan:
 
 
 def _grid(fit: Fit) -> Grid:
-    """Contexts are powers of two up to max_model_len, and that; nothing is shared."""
+    """Contexts are powers of two up to max_model_len, and that; nothing is shared.
+
+    At once are at most max_num_seqs: the activations were planned for so many.
+    """
     longest, steps = fit.load.max_model_len, fit.load.max_batched_tokens
     powers = [1 << n for n in range(4, 31) if 1 << n < longest]
     contexts = (*powers[-6:], longest)
     columns = (1, 4, 16, 64, 256)
     needed = tuple(tuple(fit.pool.bytes_of(n, steps) * c for c in columns) for n in contexts)
-    frontier = tuple(int(fit.max_concurrency(n)) for n in contexts)
+    at_once = fit.load.max_num_seqs
+    frontier = tuple(min(at_once, int(fit.max_concurrency(n))) for n in contexts)
     return Grid(
         contexts=contexts,
         concurrencies=columns,
@@ -319,6 +323,10 @@ def _notes(fit: Fit, whole: KVSpec) -> tuple[str, ...]:
         notes.append("it is close: at the upper end of the estimates it would not fit")
     if whole.window_bytes and fit.load.capped:
         notes.append("KVCache stores windowed layers in full: plan for it with --windows full")
+    if not fit.gpu.has_bfloat16 and "bfloat16" in (fit.load.kv_dtype, fit.weighed.scheme):
+        notes.append(f"{fit.gpu.name} has no bfloat16: float16 is as large")
+    if fit.weighed.most_bytes > fit.weighed.num_bytes:
+        notes.append("the config leaves layers unquantised, which are counted as if they were not")
     kinds = {layer.kind for layer in whole.layers}
     if kinds & {"latent", "state"} or any(layer.state_bytes for layer in whole.layers):
         held = "latent attention" if "latent" in kinds else "recurrent state"

@@ -7,14 +7,13 @@ from typing import Any
 
 from pagedkv.errors import InvalidSpec
 from pagedkv.planner.plan import MemoryPlan
+from pagedkv.units import GiB
 
 __all__ = ["draw"]
 
-GiB = 2**30
 _COLOURS = {
     "weights": "#4c72b0", "kv_cache": "#55a868", "activations": "#dd8452", "non-torch": "#8172b3",
 }  # fmt: skip
-_NAMES = {"kv_cache": "K and V", "non-torch": "overhead"}
 
 
 def draw(plan: MemoryPlan, file: Path) -> None:
@@ -36,14 +35,17 @@ def draw(plan: MemoryPlan, file: Path) -> None:
     figure.suptitle(f"{plan.model} on {plan.gpu.name}: {verdict}")
     _bar(plan, left)
     _frontier(plan, right)
-    figure.savefig(file, dpi=150)
+    try:
+        figure.savefig(file, dpi=150)
+    except OSError as error:
+        raise InvalidSpec(f"plot is {str(file)!r}: {error.strerror or error}") from error
 
 
 def _bar(plan: MemoryPlan, axes: Any) -> None:
     bottom = 0.0
     for part in plan.components:
         size = part.num_bytes / GiB
-        label = f"{_NAMES.get(part.name, part.name)}: {size:.2f} GiB"
+        label = f"{part.label}: {size:.2f} GiB"
         axes.bar(0, size, bottom=bottom, width=0.6, color=_COLOURS[part.name], label=label)
         if not part.exact:
             middle = bottom + size

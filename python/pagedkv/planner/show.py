@@ -9,11 +9,9 @@ from rich.text import Text
 
 from pagedkv.planner.budget import Component
 from pagedkv.planner.plan import MemoryPlan
+from pagedkv.units import GiB
 
 __all__ = ["show"]
-
-GiB = 2**30
-_NAMES = {"kv_cache": "K and V", "non-torch": "overhead"}
 
 
 def show(plan: MemoryPlan, console: Console) -> None:
@@ -40,8 +38,7 @@ def _head(plan: MemoryPlan, console: Console) -> None:
         f"{plan.model} on {f'{number} x ' if number > 1 else ''}{plan.gpu.name}"
         f"{f', tp {load.tp}' if load.tp > 1 else ''}: {_requests(plan)}."
     )
-    active = f", {weights.num_active:,} active" if weights.num_active < weights.num_parameters \
-        else ""  # fmt: skip
+    active = f", {weights.num_active:,} active" if weights.is_mixture else ""
     console.out(
         f"{weights.num_parameters:,} parameters{active}, {weights.scheme}: "
         f"{weights.total_bytes / 1e9:.2f} GB, {weights.bytes_per_parameter:.4g} bytes each."
@@ -63,15 +60,15 @@ def _requests(plan: MemoryPlan) -> str:
 
 
 def _budget(plan: MemoryPlan) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("", "bytes", "GiB", "share"):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     table.add_column("how it is known")
     for part in plan.components:
-        _row(table, plan, _NAMES.get(part.name, part.name), part.num_bytes, _known(part))
+        _row(table, plan, part.label, part.num_bytes, _known(part))
     total = sum(part.num_bytes for part in plan.components)
-    _row(table, plan, "free" if total <= plan.usable_bytes else "over budget",
-         plan.usable_bytes - total, "")  # fmt: skip
+    rest = plan.usable_bytes - total
+    _row(table, plan, "free" if rest >= 0 else "over budget", abs(rest), "")
     table.add_section()
     for part in plan.outside:
         _row(table, plan, part.name, part.num_bytes, f"{_known(part)}, outside", share=False)
@@ -158,7 +155,7 @@ def _grid(plan: MemoryPlan) -> Table:
     )  # fmt: skip
     table.add_column("context", justify="right")
     for number in grid.concurrencies:
-        table.add_column(f"{number:,}", justify="right")
+        table.add_column(f"{number:,}", justify="right", no_wrap=True)
     table.add_column("most", justify="right")
     rows = zip(grid.contexts, grid.needed_bytes, grid.fits, grid.frontier, strict=True)
     for context, sizes, fits, most in rows:
@@ -172,12 +169,12 @@ def _grid(plan: MemoryPlan) -> Table:
 
 def _policies(plan: MemoryPlan) -> Table:
     table = Table(
-        box=SIMPLE_HEAD, pad_edge=False, title="The pool, full of such requests",
-        title_justify="left", title_style="",
+        box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left", title_style="",
+        title="The memory of K and V, full of such requests",
     )  # fmt: skip
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("requests", "GiB each", "tokens", "reserved", "internal", "external", "free"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for policy in plan.policies:
         shares = (policy.tokens, policy.reserved, policy.internal, policy.external, policy.free)
         table.add_row(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,10 @@ class Weights:
 
     Attributes:
         num_parameters: of the whole model.
-        num_active: those that one token meets.
+        num_active: those that one token is multiplied with.
+        is_mixture: whether there are experts, of which a token meets a few.
         num_bytes: on one GPU, as loaded.
+        most_bytes: the same, if all that the config may leave unquantised is so.
         total_bytes: of the whole model, as stored.
         scheme: the storage type, or the kind of quantisation.
         exact: whether num_bytes is known to the byte.
@@ -42,7 +44,9 @@ class Weights:
 
     num_parameters: int
     num_active: int
+    is_mixture: bool
     num_bytes: int
+    most_bytes: int
     total_bytes: int
     scheme: str
     exact: bool
@@ -65,21 +69,43 @@ def weigh(model: Model, dtype: str, tp: int) -> Weights:
     total = sum(_tensor_bytes(t, method, own, 1, padded=False) for t in everything)
     loaded = sum(_tensor_bytes(t, method, own, tp, padded=True) for t in everything)
     scheme = own if method is None else _describe(method)
-    exact = tp == 1 and total == loaded and not model.assumptions
+    most = loaded
+    if method is not None and _ignores(method):
+        most = sum(_tensor_bytes(t, None, own, tp, padded=True) for t in everything)
+    known = most == loaded and not config.towers
+    exact = tp == 1 and total == loaded and known and not model.assumptions
     source = "every tensor of the architecture"
     if model.checkpoint is not None and dtype == "auto":
         stored = model.checkpoint.num_bytes
         exact = tp == 1 and total == loaded
         loaded, total, source = loaded * stored // total, stored, "safetensors"
+        most = loaded
     return Weights(
         num_parameters=sum(t.num_elements for t in everything),
-        num_active=sum(t.num_active for t in everything),
+        num_active=_active(everything),
+        is_mixture=any(t.role == "expert" for t in everything),
         num_bytes=loaded,
+        most_bytes=most,
         total_bytes=total,
         scheme=scheme,
         exact=exact,
         source=source,
     )
+
+
+def _active(everything: Sequence[Tensor]) -> int:
+    """Parameters that a token is multiplied with: an embedding that is no head is looked up."""
+    has_head = any(t.role == "head" for t in everything)
+    return sum(t.num_active for t in everything if t.role != "embedding" or not has_head)
+
+
+def _ignores(method: Mapping[str, Any]) -> bool:
+    """Whether the config keeps some layers as they were, besides the head."""
+    names: list[Any] = []
+    for field in ("ignore", "ignored_layers", "modules_to_not_convert"):
+        found = method.get(field)
+        names += found if isinstance(found, list) else []
+    return any("lm_head" not in str(name) and "embed" not in str(name) for name in names)
 
 
 def weights_dtype(model: Model, dtype: str) -> str:
@@ -95,6 +121,8 @@ def _method(model: Model, dtype: str) -> tuple[Mapping[str, Any] | None, str]:
         if own not in DTYPE_BYTES:
             raise InvalidSpec(f"dtype is {own!r} in the config, expected {', '.join(DTYPE_BYTES)}")
         return (found if isinstance(found, Mapping) else None), own
+    if dtype in ("float8_e4m3fn", "float8_e5m2"):  # of matrices alone, as any fp8
+        dtype = "fp8"
     if dtype in QUANTISED:
         return QUANTISED[dtype], own
     if dtype not in DTYPE_BYTES:
@@ -108,8 +136,8 @@ def _describe(method: Mapping[str, Any]) -> str:
     name = str(method.get("quant_method", "quantised"))
     if name in ("awq", "gptq"):
         return f"{name} {method.get('bits', 4)} bit, groups of {method.get('group_size', 128)}"
-    if name == "fp8" and method.get("weight_block_size"):
-        return "fp8, a scale per {}x{}".format(*method["weight_block_size"])
+    if name == "fp8" and isinstance(method.get("weight_block_size"), (list, tuple)):
+        return f"fp8, a scale per {'x'.join(map(str, method['weight_block_size']))}"
     return "mxfp4, a scale per 32" if name == "mxfp4" else name
 
 
@@ -153,6 +181,11 @@ def _quantised_bytes(
     if name == "fp8":
         block = method.get("weight_block_size")
         if block:
+            if not isinstance(block, (list, tuple)) or len(block) != 2:
+                raise InvalidSpec(
+                    f"quantization_config.weight_block_size is {block!r} in the config, expected "
+                    "two integers"
+                )
             tall, wide = check_int("block", block[0]), check_int("block", block[1])
             return size + 4 * -(-rows // tall) * -(-columns // wide)
         return size + 4
@@ -175,7 +208,10 @@ def _quantised_bytes(
 
 
 def _compressed_bytes(size: int, rows: int, columns: int, method: Mapping[str, Any]) -> int:
-    """compressed-tensors: `num_bits`, and a 16-bit scale per group, row or tensor."""
+    """compressed-tensors: `num_bits`, and a 16-bit scale per group, row or tensor.
+
+    NVFP4 and MXFP4 have scales of 8 bits, and NVFP4 a float32 of the whole tensor.
+    """
     groups = method.get("config_groups")
     first: Any = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
     weights = first.get("weights") if isinstance(first, Mapping) else None
@@ -183,6 +219,9 @@ def _compressed_bytes(size: int, rows: int, columns: int, method: Mapping[str, A
         raise InvalidSpec("quantization_config.config_groups in the config names no weights")
     bits, group = _bits(weights.get("num_bits")), weights.get("group_size")
     scales = rows * (-(-columns // group) if isinstance(group, int) and group > 0 else 1)
+    form = str(first.get("format") or method.get("format") or "")
+    if "fp4" in form:
+        return size * bits // 8 + scales + (4 if "nvfp4" in form else 0)
     return size * bits // 8 + 2 * scales
 
 
