@@ -3,8 +3,9 @@
 //
 // The caller says which stream his work is queued on, at every call, since CUDA has no word for it:
 // torch's current stream, say. Streams here are CUDA's handles themselves. Every call leaves the
-// current device of the calling thread as it was. While the caller's stream is being captured into
-// a graph, no event ends, and compute_stream(), wait() and uploads throw.
+// current device of the calling thread as it was. A stream that was the caller's has to live until
+// the device is closed: what comes after continues it. While the caller's stream is being captured
+// into a graph, no event ends, and compute_stream(), wait() and uploads throw.
 //
 // An error after which CUDA refuses everything (an illegal address, for one) makes the device lost:
 // what was under way counts as failed, every call throws DeviceError, close() works.

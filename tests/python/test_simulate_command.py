@@ -248,6 +248,7 @@ def test_short_sizes() -> None:
         ((*ALPACA, "--step-ms", "nan"), "step_seconds is nan"),
         ((*ALPACA, "--bandwidth", "0"), "bandwidth is 0"),
         ((*ALPACA, "--copy-bandwidth", "0"), "copy_bandwidth is 0"),
+        ((*ALPACA, "--efficiency", "2"), "efficiency is 2"),
         ((*ALPACA, "--parameters", "-1"), "step_seconds is -"),
         ((*ALPACA, "--model", "llama-3.1-8b"), "expected both --model and --gpu"),
         ((*ALPACA, "--tp", "2"), "expected both --model and --gpu"),

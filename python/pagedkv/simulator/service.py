@@ -68,6 +68,8 @@ class ServiceModel:
         for name, value in (("bandwidth", bandwidth), ("flops", flops), ("efficiency", efficiency)):
             if not value > 0:
                 raise InvalidSpec(f"{name} is {value}, expected a number above 0")
+        if efficiency > 1:
+            raise InvalidSpec(f"efficiency is {efficiency}, expected a share, up to 1")
         return cls(
             step_seconds=weight_bytes / bandwidth,
             context_seconds=token_bytes / bandwidth,
