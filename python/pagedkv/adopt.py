@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pagedkv.errors import InvalidSpec
+from pagedkv.errors import InvalidSpec, InvalidState
 from pagedkv.layout import DevicePool, region
 from pagedkv.spec import KVSpec
 
-__all__ = ["Adopted", "adopt"]
+__all__ = ["Adopted", "adopt", "require_unmoved"]
 
 Adopted = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
@@ -77,6 +77,16 @@ def adopt(spec: KVSpec, tensors: Adopted, device: torch.device) -> DevicePool:
         ),
         in_rows=in_rows,
     )
+
+
+def require_unmoved(pool: DevicePool, spec: KVSpec, device: torch.device) -> None:
+    """Raises InvalidState if the memory of an adopted pool is not where it was: copies are."""
+    try:
+        now = adopt(spec, pool.layers, device)
+    except InvalidSpec as error:
+        raise InvalidState(f"the adopted tensors have changed: {error}") from error
+    if (now.regions, now.block_runs) != (pool.regions, pool.block_runs):
+        raise InvalidState("the adopted tensors have changed: they are in other memory now")
 
 
 def _layers(

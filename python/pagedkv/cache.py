@@ -16,7 +16,7 @@ except ImportError as error:  # the control plane works without; this does not
 
 from pagedkv import attention
 from pagedkv._core import BlockManager, CudaDevice, Device, TransferEngine
-from pagedkv.adopt import Adopted, adopt
+from pagedkv.adopt import Adopted, adopt, require_unmoved
 from pagedkv.errors import ConcurrentUse, InvalidSpec, InvalidState, KVError
 from pagedkv.fp8 import check_scales
 from pagedkv.layout import DevicePool, Layout, num_usable_blocks
@@ -119,9 +119,11 @@ class KVCache(Steps):
         )
         super().__init__(spec, manager, prefill_rate, cost_model)
         memory = adopted or DevicePool.allocate(spec, num_device_blocks + 1, layout, machine.device)
+        self._adopted = adopted
         self._layers = memory.layers
         self._in_rows = memory.in_rows
         self._pool = machine.make_pool(memory, manager)
+        engine = None
         if num_host_blocks or machine.needs_order:
             copier = machine.transfer_device(num_host_blocks > 0)
             engine = TransferEngine(
@@ -129,8 +131,7 @@ class KVCache(Steps):
             )
             self._transfers = Transfers(self.manager, engine, copier, spec.block_bytes, machine)
         if adopted is not None:
-            swaps = self._transfers is not None and num_host_blocks > 0
-            try_copies(adopted, self._pool, engine if swaps else None, machine)
+            try_copies(adopted, self._pool, engine, num_host_blocks, machine)
         self._process = os.getpid()
         self._workspaces: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         _open_caches.add(self)
@@ -257,6 +258,15 @@ class KVCache(Steps):
             )
         return self._pools(layer)
 
+    def verify(self) -> None:
+        """Recompute every count from scratch; raises BrokenInvariant on a difference.
+
+        Raises InvalidState if adopted tensors are not in the memory any more that they were in.
+        """
+        super().verify()
+        if self._adopted is not None:
+            require_unmoved(self._adopted, self.spec, self.device)
+
     def copy_methods(self) -> str:
         """How blocks in pieces are copied, as a table: what was measured, and what is used."""
         device = self._transfers.device if self._transfers is not None else None
@@ -313,6 +323,7 @@ class KVCache(Steps):
         if self._transfers is not None:
             self._transfers.forget()
         self._transfers = None
+        self._adopted = None
         self._layers = ()
         self._workspaces = {}
         self.machine = Machine()  # which holds nothing

@@ -21,7 +21,11 @@ _BLOCKS = 0, 1, 2  # padding, and what a manager gives first
 
 
 def try_copies(
-    memory: DevicePool, pool: Pool, engine: TransferEngine | None, machine: Machine
+    memory: DevicePool,
+    pool: Pool,
+    engine: TransferEngine | None,
+    num_host_blocks: int,
+    machine: Machine,
 ) -> None:
     """Copy and swap two blocks of noise; what they held, and block 0, is then put back.
 
@@ -36,8 +40,8 @@ def try_copies(
         machine.follow()
         if len(trial.blocks) == 3 and trial.block_size > 1:
             trial.copy(pool)
-        if engine is not None:
-            trial.swap(engine)
+        if engine is not None and num_host_blocks:
+            trial.swap(engine, num_host_blocks)
     finally:
         trial.put_back()
 
@@ -69,9 +73,9 @@ class _Trial:
                 expected[target, :num_tokens] = expected[source, :num_tokens]
             self._compare(f"a copy of {num_tokens} tokens")
 
-    def swap(self, engine: TransferEngine) -> None:
+    def swap(self, engine: TransferEngine, num_host_blocks: int) -> None:
         """Out, something else in its place, and in again."""
-        num_blocks = len(self.blocks) - 1
+        num_blocks = min(len(self.blocks) - 1, num_host_blocks)
         manager = BlockManager(num_blocks, num_blocks, block_size=self.block_size)
         count = num_blocks * self.block_size
         ids = np.array([_admit(manager, count)])
