@@ -198,5 +198,8 @@ def _refuse_overlap_of_one_stride(group: list[_Run]) -> None:
 
 
 def _is_in_rows(tensor: torch.Tensor) -> bool:
-    """Whether all of a token, and the tokens of a block, follow each other."""
-    return tensor[0].is_contiguous()
+    """Whether a block is contiguous [P, H, D]."""
+    _, num_tokens, heads, dim = tensor.shape
+    expected = (heads * dim, num_tokens), (dim, heads), (1, dim)
+    found = zip(tensor.stride()[1:], expected, strict=True)
+    return all(stride == right or length == 1 for stride, (right, length) in found)

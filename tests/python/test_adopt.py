@@ -11,99 +11,31 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import pagedkv as pk  # noqa: E402
+from adopted_layouts import (  # noqa: E402
+    LAYOUTS,
+    SPEC,
+    D,
+    H,
+    L,
+    Layers,
+    N,
+    P,
+    flashinfer_hnd,
+    noise,
+    spec_of,
+    vllm,
+)
 from pagedkv.adopt import adopt  # noqa: E402
 from pagedkv.layout import DevicePool  # noqa: E402
 from pagedkv.testing import CudaDevice, SimulatedCuda, SimulatedDevice  # noqa: E402
 from pagedkv.tryout import try_copies  # noqa: E402
 
-L, N, P, H, D = 2, 12, 4, 2, 8
-SPEC = pk.KVSpec(L, H, D, "float16", P)
-MLA = pk.KVSpec(layers=[pk.LayerSpec("full", 1, 24, 8, "bfloat16")] * L, block_size=P)
 CPU = torch.device("cpu")
-
-Layers = list[tuple[Any, Any]]
-
-
-def noise(*shape: int, dtype: Any = None) -> Any:
-    values = torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
-    return values.to(dtype or torch.float16)
-
-
-def vllm() -> Layers:
-    return [(t[0], t[1]) for t in (noise(2, N, P, H, D) for _ in range(L))]
-
-
-def vllm_hnd() -> Layers:
-    tensors = [noise(2, N, H, P, D).transpose(2, 3) for _ in range(L)]
-    return [(t[0], t[1]) for t in tensors]
-
-
-def flashinfer_nhd() -> Layers:
-    return [(t[:, 0], t[:, 1]) for t in (noise(N, 2, P, H, D) for _ in range(L))]
-
-
-def flashinfer_hnd() -> Layers:
-    tensors = [noise(N, 2, H, P, D).transpose(2, 3) for _ in range(L)]
-    return [(t[:, 0], t[:, 1]) for t in tensors]
-
-
-def side_by_side() -> Layers:
-    return [(t[..., 0, :], t[..., 1, :]) for t in (noise(N, P, H, 2, D) for _ in range(L))]
-
-
-def all_layers_in_a_block() -> Layers:
-    t = noise(N, L, 2, P, H, D)
-    return [(t[:, i, 0], t[:, i, 1]) for i in range(L)]
-
-
-def all_layers_in_a_token() -> Layers:
-    t = noise(N, P, L, 2, H, D)
-    return [(t[:, :, i, 0], t[:, :, i, 1]) for i in range(L)]
-
-
-def with_gaps_between_blocks() -> Layers:
-    return [(t[:, 1], t[:, 3]) for t in (noise(N, 5, P, H, D) for _ in range(L))]
-
-
-def keys_transposed() -> Layers:
-    return [(noise(N, H, D, P).permute(0, 3, 1, 2), noise(N, P, H, D)) for _ in range(L)]
-
-
-def mla() -> Layers:
-    tensors = [noise(N, P, 32, dtype=torch.bfloat16) for _ in range(L)]
-    return [(t[..., None, :24], t[..., None, 24:]) for t in tensors]
-
-
-def mla_in_two() -> Layers:
-    return [
-        (noise(N, P, 1, 24, dtype=torch.bfloat16), noise(N, P, 1, 8, dtype=torch.bfloat16))
-        for _ in range(L)
-    ]
-
-
-# What each is to be taken for: all a token has in one run, pieces that swap moves of a block.
-LAYOUTS: dict[Callable[[], Layers], tuple[bool, int]] = {
-    vllm: (True, 2 * L),
-    vllm_hnd: (False, 2 * L),
-    flashinfer_nhd: (True, L),
-    flashinfer_hnd: (False, L),
-    side_by_side: (False, L),
-    all_layers_in_a_block: (True, 1),
-    all_layers_in_a_token: (False, 1),
-    with_gaps_between_blocks: (True, 2 * L),
-    keys_transposed: (False, 2 * L),
-    mla: (False, L),
-    mla_in_two: (True, 2 * L),
-}
 DEVICES: dict[str, Callable[[], Any]] = {
     "cpu": lambda: "cpu",
     "simulated": lambda: SimulatedDevice(3),
     "cuda": lambda: CudaDevice(SimulatedCuda(3)),
 }
-
-
-def spec_of(make: Callable[[], Layers]) -> pk.KVSpec:
-    return MLA if make in (mla, mla_in_two) else SPEC
 
 
 def memory_of(layers: Layers) -> list[Any]:
@@ -335,7 +267,7 @@ BAD: list[tuple[str, Callable[[], Any], str]] = [
      "layer 0's v has tokens 48 bytes apart"),
     ("every other element", lambda: replaced(vllm, 0, 1, noise(N, P, H, 2 * D)[..., ::2]),
      "layer 0's v has tokens"),
-    ("keys as values", lambda: [(k, k) for k, _ in vllm()], "layer 0's k and layer 0's v overlap"),
+    ("keys as values", lambda: [(k, k) for k, _ in vllm()], "layer ([01])'s k and layer [01]'s v overlap"),
     ("layers twice", lambda: vllm()[:1] * 2, "layer [01]'s [kv] and layer [01]'s [kv] overlap"),
     ("shifted by a block", lambda: overlapping(1), "layer 0's k and layer 1's v overlap"),
     ("only the last block", lambda: overlapping(N - 1), "layer 0's k and layer 1's v overlap"),
