@@ -9,9 +9,10 @@ reorders and swaps are the scheduler's: what of them concerns a worker is in the
 
 from __future__ import annotations
 
+import math
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
@@ -25,8 +26,7 @@ import torch.nn.functional as F
 import pagedkv as pk
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, DIM, VOCAB = 2, 64, 4, 2, 16, 256
-BLOCKS = {"num_device_blocks": 100, "num_host_blocks": 50, "max_batch": 16}
-BLOCK_SIZE = 16
+BLOCK_SIZE, DEVICE_BLOCKS, HOST_BLOCKS = 16, 100, 50
 
 CarryOut = Callable[[Any], Any]
 
@@ -37,16 +37,16 @@ class Worker:
     def __init__(self, rank: int, world: int) -> None:
         self.world = world
         spec = pk.KVSpec(LAYERS, KV_HEADS // world, DIM, "float32", BLOCK_SIZE)
-        self.kv = pk.KVCache(spec, **BLOCKS)
+        self.kv = pk.KVCache(spec, num_device_blocks=DEVICE_BLOCKS, num_host_blocks=HOST_BLOCKS)
         random = torch.Generator().manual_seed(0)
 
         def weight(rows: int, columns: int) -> torch.Tensor:
-            return torch.randn(rows, columns, generator=random) * rows**-0.5
+            return torch.randn(rows, columns, generator=random) / math.sqrt(rows)
 
         def of_rank(heads: int) -> torch.Tensor:  # the columns of this rank's heads
             return weight(HIDDEN, heads * DIM).chunk(world, 1)[rank]
 
-        self.embedding = weight(VOCAB, HIDDEN) * 8
+        self.embedding, self.head = weight(VOCAB, HIDDEN), weight(HIDDEN, VOCAB) * 4
         self.layers = [
             (of_rank(HEADS), of_rank(KV_HEADS), of_rank(KV_HEADS), of_rank(HEADS).T)
             for _ in range(LAYERS)
@@ -71,7 +71,7 @@ class Worker:
                 dist.all_reduce(found)
             x = x + found
         last = F.rms_norm(x[step.query_starts[1:].long() - 1], (HIDDEN,))
-        return (last @ self.embedding.T).log_softmax(-1)
+        return (last @ self.head).log_softmax(-1)
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -85,15 +85,15 @@ def serve(
     rank: int,
     world: int,
     rendezvous: str,
-    pipes: Sequence[Connection],
+    pipe: Connection,
     make: Callable[[int, int], Worker],
 ) -> None:
     """A worker process: plans come in, what the scheduler has to know goes out."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=world)
     worker = make(rank, world)
-    while message := pipes[rank].recv_bytes():
-        pipes[rank].send(worker.carry_out(pickle.loads(message)))
+    while message := pipe.recv_bytes():
+        pipe.send(worker.carry_out(pickle.loads(message)))
     worker.kv.close()
     dist.destroy_process_group()
 
@@ -101,10 +101,17 @@ def serve(
 @contextmanager
 def processes(world: int, make: Callable[[int, int], Worker] = Worker) -> Iterator[CarryOut]:
     """`world` workers. What they all have carried out is the answers of each."""
-    here, there = zip(*(mp.Pipe() for _ in range(world)), strict=True)
+    context = mp.get_context("spawn")
+    here: list[Connection] = []
+    workers = []
     with tempfile.TemporaryDirectory() as folder:
-        rendezvous = f"{folder}/rendezvous"
-        workers = mp.spawn(serve, (world, rendezvous, there, make), nprocs=world, join=False)
+        for rank in range(world):
+            pipe, there = context.Pipe()
+            arguments = rank, world, f"{folder}/rendezvous", there, make
+            workers.append(context.Process(target=serve, args=arguments))
+            workers[-1].start()
+            there.close()  # so that a worker that dies is an EOFError here
+            here.append(pipe)
 
         def carry_out(plan: Any) -> list[Any]:
             message = pickle.dumps(plan)
@@ -116,11 +123,11 @@ def processes(world: int, make: Callable[[int, int], Worker] = Worker) -> Iterat
             yield carry_out
             for pipe in here:
                 pipe.send_bytes(b"")
-            while not workers.join():
-                pass
+            for process in workers:
+                process.join()
         finally:
-            for process in workers.processes:
-                process.terminate()
+            for process in workers:
+                process.kill()
 
 
 class Scheduler:
@@ -128,7 +135,7 @@ class Scheduler:
 
     def __init__(self, carry_out: CarryOut) -> None:
         self.carry_out = carry_out
-        self.manager = pk.BlockManager(block_size=BLOCK_SIZE, **BLOCKS)
+        self.manager = pk.BlockManager(DEVICE_BLOCKS, HOST_BLOCKS, BLOCK_SIZE)
 
     def step(self, ids: Any, tokens: Any, counts: Any = None) -> torch.Tensor:
         """Log-probabilities after the new tokens of each of `ids`, [B, VOCAB]."""
