@@ -14,13 +14,14 @@ import pagedkv as pk  # noqa: E402
 L, N, P, H, D = 2, 12, 4, 2, 8
 SPEC = pk.KVSpec(L, H, D, "float16", P)
 MLA = pk.KVSpec(layers=[pk.LayerSpec("full", 1, 24, 8, "bfloat16")] * L, block_size=P)
+DEVICE = "cpu"  # another one for tests of it
 
 Layers = list[tuple[Any, Any]]
 
 
 def noise(*shape: int, dtype: Any = None) -> Any:
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
-    return values.to(dtype or torch.float16)
+    return values.to(DEVICE, dtype or torch.float16)
 
 
 def vllm() -> Layers:
@@ -74,10 +75,10 @@ def mla() -> Layers:
 
 
 def mla_in_two() -> Layers:
-    return [
-        (noise(N, P, 1, 24, dtype=torch.bfloat16), noise(N, P, 1, 8, dtype=torch.bfloat16))
-        for _ in range(L)
-    ]
+    """Where one head is all heads, "HND" is "NHD"."""
+    sizes = [(N, 1, P, 24), (N, 1, P, 8)]
+    tensors = [[noise(*size, dtype=torch.bfloat16).transpose(1, 2) for size in sizes] for _ in "01"]
+    return [(k, v) for k, v in tensors]
 
 
 # What each is to be taken for: all a token has in one run, pieces that swap moves of a block.
