@@ -76,7 +76,7 @@ StepPlanHandle append(const PyManager& m, const py::object& ids, const py::objec
     const auto known = Tokens::optional("tokens", tokens);
     const Ints each = counts_argument(batch, counts);
     const StepPlan& plan = core.append(as_ids(batch), known.span(), known.given(), each.span());
-    return StepPlanHandle{m.state, plan.step, py::reinterpret_steal<py::tuple>(nullptr)};
+    return StepPlanHandle(m.state, plan.step);
   });
 }
 

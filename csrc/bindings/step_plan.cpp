@@ -69,7 +69,85 @@ py::object ManagerState::make(Output output, std::int64_t rows, std::int64_t col
   return py::none();
 }
 
+namespace {
+
+// One array of a value, [rows], or [rows, columns] if columns is not -1; what is -2 may be
+// anything.
+template <class T>
+std::span<const T> array_of(const py::tuple& arrays, Output output, std::int64_t rows,
+                            std::int64_t columns = -1) {
+  const auto i = static_cast<std::size_t>(output);
+  const py::object object = arrays[i];
+  if (py::isinstance<py::array_t<T, py::array::c_style>>(object)) {
+    const auto array = py::reinterpret_borrow<py::array>(object);
+    const bool fits = array.ndim() == (columns == -1 ? 1 : 2) &&
+                      (rows == -2 || array.shape(0) == rows) &&
+                      (columns < 0 || array.shape(1) == columns);
+    if (fits) {
+      return {static_cast<const T*>(array.data()), static_cast<std::size_t>(array.size())};
+    }
+  }
+  throw InvalidSpec(std::string("the plan's ") + kOutputNames[i] +
+                    " is not what a StepPlan has: it is damaged, or of another version");
+}
+
+template <class Row>
+std::span<const Row> rows_of(const py::tuple& arrays, Output output, std::int64_t most) {
+  const std::span<const std::int32_t> cells = array_of<std::int32_t>(arrays, output, -2, 3);
+  if (static_cast<std::int64_t>(cells.size()) > 3 * most) {
+    throw InvalidSpec("the plan has more copies or updates than sequences");
+  }
+  return {reinterpret_cast<const Row*>(cells.data()), cells.size() / 3};
+}
+
+StepPlan value_of_arrays(std::int64_t step, std::int64_t after, const py::tuple& arrays) {
+  if (arrays.size() != static_cast<std::size_t>(kNumOutputs)) {
+    throw InvalidSpec("not the pickle of a StepPlan of this version");
+  }
+  StepPlan plan;
+  plan.step = step;
+  plan.after = after;
+  const auto lens = array_of<std::int32_t>(arrays, Output::seq_lens, -2);
+  const auto slots = array_of<std::int64_t>(arrays, Output::slots, -2);
+  const auto num_rows = static_cast<std::int64_t>(lens.size());
+  plan.batch_size = static_cast<std::int32_t>(num_rows);
+  plan.num_tokens = static_cast<std::int64_t>(slots.size());
+  plan.seq_lens = lens.data();
+  plan.slots = slots.data();
+  plan.positions = array_of<std::int64_t>(arrays, Output::positions, plan.num_tokens).data();
+  plan.query_starts = array_of<std::int32_t>(arrays, Output::query_starts, num_rows + 1).data();
+  plan.has_tokens = !py::object(arrays[static_cast<std::size_t>(Output::input_ids)]).is_none();
+  if (plan.has_tokens) {
+    plan.input_ids = array_of<std::int64_t>(arrays, Output::input_ids, plan.num_tokens).data();
+  }
+  const auto tables = array_of<std::int32_t>(arrays, Output::block_tables, num_rows, -2);
+  plan.block_tables = reinterpret_cast<const BlockId*>(tables.data());
+  plan.table_width = num_rows > 0 ? static_cast<std::int32_t>(tables.size()) / plan.batch_size : 0;
+  plan.table_stride = plan.table_width;
+  plan.copies = rows_of<BlockCopy>(arrays, Output::copies, num_rows);
+  plan.table_updates = rows_of<TableUpdate>(arrays, Output::table_updates, num_rows);
+  for (const TableUpdate& update : plan.table_updates) {
+    if (update.row >= 0 && update.row < num_rows && update.first >= 0 &&
+        update.first <= update.last) {
+      continue;
+    }
+    throw InvalidSpec("the plan's table_updates name cells that are not in its tables");
+  }
+  const auto waits = array_of<std::int64_t>(arrays, Output::wait_for, -2);
+  plan.wait_for = {reinterpret_cast<const TransferId*>(waits.data()), waits.size()};
+  return plan;
+}
+
+}  // namespace
+
+StepPlanHandle::StepPlanHandle(std::shared_ptr<ManagerState> state, std::int64_t step)
+    : state(std::move(state)), step(step), arrays(py::reinterpret_steal<py::tuple>(nullptr)) {}
+
+StepPlanHandle::StepPlanHandle(std::int64_t step, std::int64_t after, py::tuple arrays)
+    : step(step), arrays(std::move(arrays)), value(value_of_arrays(step, after, this->arrays)) {}
+
 const StepPlan& StepPlanHandle::plan() const {
+  if (!state) return value;
   const StepPlan& plan = state->core->plan();
   if (plan.step != step) {
     throw InvalidState("this plan is of step " + std::to_string(step) +
@@ -93,15 +171,11 @@ StepPlanHandle value_of(const StepPlanHandle& handle) {
     const py::object array = handle.output(static_cast<Output>(i));
     arrays[static_cast<std::size_t>(i)] = array.is_none() ? array : array.attr("copy")();
   }
-  return {nullptr, handle.step, arrays};
-}
-
-std::int64_t rows(const StepPlanHandle& handle, Output output) {
-  return py::len(handle.output(output));
+  return {handle.step, handle.plan().after, arrays};
 }
 
 bool equal(const StepPlanHandle& a, const StepPlanHandle& b) {
-  if (a.step != b.step) return false;
+  if (a.step != b.step || a.plan().after != b.plan().after) return false;
   const py::object array_equal = py::module_::import("numpy").attr("array_equal");
   for (int i = 0; i < kNumOutputs; ++i) {
     const py::object x = a.output(static_cast<Output>(i));
@@ -117,9 +191,9 @@ std::string repr(const StepPlanHandle& handle) {
     return "<StepPlan step=" + std::to_string(handle.step) + " stale>";
   }
   return "<StepPlan step=" + std::to_string(handle.step) +
-         " batch_size=" + std::to_string(rows(handle, Output::seq_lens)) +
-         " num_tokens=" + std::to_string(rows(handle, Output::slots)) +
-         " num_copies=" + std::to_string(rows(handle, Output::copies)) + ">";
+         " batch_size=" + std::to_string(handle.plan().batch_size) +
+         " num_tokens=" + std::to_string(handle.plan().num_tokens) +
+         " num_copies=" + std::to_string(handle.plan().copies.size()) + ">";
 }
 
 }  // namespace
@@ -129,15 +203,13 @@ void bind_step_plan(py::module_& m) {
       m, "StepPlan", py::is_final(),
       "Views of the manager's persistent buffers, valid until the next append; copy() keeps them.");
   cls.def_property_readonly("step", [](const StepPlanHandle& h) { return h.step; });
-  cls.def_property_readonly("batch_size", [](const StepPlanHandle& h) {
-    return h.state ? h.plan().batch_size : rows(h, Output::seq_lens);
-  });
-  cls.def_property_readonly("num_tokens", [](const StepPlanHandle& h) {
-    return h.state ? h.plan().num_tokens : rows(h, Output::slots);
-  });
-  cls.def_property_readonly("num_copies", [](const StepPlanHandle& h) {
-    return h.state ? static_cast<std::int64_t>(h.plan().copies.size()) : rows(h, Output::copies);
-  });
+  cls.def_property_readonly("after", [](const StepPlanHandle& h) { return h.plan().after; });
+  cls.def_property_readonly("batch_size",
+                            [](const StepPlanHandle& h) { return h.plan().batch_size; });
+  cls.def_property_readonly("num_tokens",
+                            [](const StepPlanHandle& h) { return h.plan().num_tokens; });
+  cls.def_property_readonly("num_copies",
+                            [](const StepPlanHandle& h) { return h.plan().copies.size(); });
   for (int i = 0; i < kNumOutputs; ++i) {
     const auto output = static_cast<Output>(i);
     cls.def_property_readonly(kOutputNames[i],
@@ -155,13 +227,14 @@ void bind_step_plan(py::module_& m) {
   cls.def(py::pickle(
       [](const StepPlanHandle& h) {
         const StepPlanHandle value = h.state ? value_of(h) : h;
-        return py::make_tuple(value.step, value.arrays);
+        return py::make_tuple(value.step, value.value.after, value.arrays);
       },
       [](const py::tuple& t) {
-        if (t.size() != 2 || py::len(t[1]) != static_cast<std::size_t>(kNumOutputs)) {
+        if (t.size() != 3 || !py::isinstance<py::tuple>(t[2])) {
           throw InvalidSpec("not the pickle of a StepPlan of this version");
         }
-        return StepPlanHandle{nullptr, t[0].cast<std::int64_t>(), t[1].cast<py::tuple>()};
+        return StepPlanHandle(t[0].cast<std::int64_t>(), t[1].cast<std::int64_t>(),
+                              t[2].cast<py::tuple>());
       }));
 }
 

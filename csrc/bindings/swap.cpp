@@ -56,7 +56,8 @@ py::tuple state_of(const TransferPlan& plan) {
                         py::bytes(reinterpret_cast<const char*>(plan.copies.data()),
                                   plan.copies.size() * sizeof(BlockCopy)),
                         py::bytes(reinterpret_cast<const char*>(plan.wait_for.data()),
-                                  plan.wait_for.size() * sizeof(TransferId)));
+                                  plan.wait_for.size() * sizeof(TransferId)),
+                        plan.after);
 }
 
 template <class T>
@@ -68,13 +69,13 @@ std::vector<T> from_bytes(const py::object& object) {
 }
 
 TransferPlan plan_from(const py::tuple& state) {
-  if (state.size() != 4 || !py::isinstance<py::bytes>(state[2]) ||
+  if (state.size() != 5 || !py::isinstance<py::bytes>(state[2]) ||
       !py::isinstance<py::bytes>(state[3])) {
     throw InvalidSpec("not the pickle of a TransferPlan of this version");
   }
   return {TransferId{state[0].cast<std::int64_t>()},
           state[1].cast<bool>() ? Tier::device : Tier::host, from_bytes<BlockCopy>(state[2]),
-          from_bytes<TransferId>(state[3])};
+          from_bytes<TransferId>(state[3]), state[4].cast<std::int64_t>()};
 }
 
 std::string repr(const TransferPlan& plan) {
@@ -92,6 +93,7 @@ void bind_transfer_plan(py::module_& m) {
                             [](const TransferPlan& p) { return static_cast<std::int64_t>(p.id); });
   cls.def_property_readonly(
       "direction", [](const TransferPlan& p) { return p.target == Tier::device ? "in" : "out"; });
+  cls.def_property_readonly("after", [](const TransferPlan& p) { return p.after; });
   cls.def_property_readonly("num_copies", [](const TransferPlan& p) { return p.copies.size(); });
   cls.def_property_readonly("copies", &copies_of);
   cls.def_property_readonly("wait_for", [](const TransferPlan& p) { return ids_of(p.wait_for); });

@@ -218,6 +218,7 @@ class BlockManager {
   StepBuffers buffers_;
   StepPlan plan_;
   bool open_ = false;
+  std::int64_t last_committed_ = 0;   // the step
   std::vector<Entry> entries_;        // of the open step
   std::vector<std::int32_t> filled_;  // rows of the open step in which a block became full
   std::vector<Entry> asked_;          // of num_needed()

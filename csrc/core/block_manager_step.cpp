@@ -178,6 +178,7 @@ const StepPlan& BlockManager::append(std::span<const SequenceId> ids, std::span<
   if (has_tokens) std::copy_n(tokens.data(), num_tokens, buffers_.input_ids.data());
 
   ++plan_.step;
+  plan_.after = last_committed_;
   plan_.batch_size = static_cast<std::int32_t>(ids.size());
   plan_.num_tokens = num_tokens;
   plan_.has_tokens = has_tokens;
@@ -343,6 +344,7 @@ void BlockManager::commit(std::int64_t step, std::span<const std::int64_t> lengt
     const Entry& entry = entries_[static_cast<std::size_t>(row)];
     publish_chain(sequences_[entry.slot], entry.block_at);
   }
+  last_committed_ = step;
   ++totals_.num_steps;
   totals_.num_appended_tokens += plan_.num_tokens;
   open_ = false;

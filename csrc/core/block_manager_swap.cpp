@@ -69,6 +69,7 @@ TransferPlan BlockManager::plan_paths(std::span<const NodeId> tips, Tier target,
   const Tier source = other(target);
   TransferPlan plan;
   plan.target = target;
+  plan.after = last_committed_;
   plan.copies.reserve(num_copies);
   placed_.clear();
   placed_.reserve(num_copies);

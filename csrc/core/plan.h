@@ -30,6 +30,7 @@ struct TableUpdate {
 // copies may run in any order.
 struct StepPlan {
   std::int64_t step = 0;
+  std::int64_t after = 0;  // the last step that was committed before it; 0 if none was
   std::int32_t batch_size = 0;
   std::int64_t num_tokens = 0;
   bool has_tokens = false;
@@ -54,6 +55,7 @@ struct TransferPlan {
   Tier target = Tier::host;          // device: swap in, host: swap out
   std::vector<BlockCopy> copies;     // source block of the other tier, target block, tokens in it
   std::vector<TransferId> wait_for;  // transfers that must have ended before any of this
+  std::int64_t after = 0;            // the last step that was committed before it
 };
 
 // What abort() took along.

@@ -50,6 +50,7 @@ void CudaPool::launch(const Kernel& kernel, const char* name) {
 }
 
 void CudaPool::begin_step(const StepPlan& plan) {
+  shapes_.check_copies(cells_of(plan.copies));
   step_.upload(plan);
   if (plan.copies.empty()) return;
   const auto* copies =

@@ -94,10 +94,22 @@ void StepMemory::list_updates(const StepPlan& plan) {
   }
 }
 
-void StepMemory::upload(const StepPlan& plan) {
-  if (plan.batch_size > shape_.max_batch || plan.table_stride != shape_.table_stride) {
-    throw InvalidSpec("the plan is one of another manager: its tables have another shape");
+// A plan may be another process's manager's: then only what fits is what was agreed on.
+void StepMemory::check_shape(const StepPlan& plan) const {
+  const auto fits = [this](const TableUpdate& update) {
+    return update.last <= shape_.table_stride;
+  };
+  if (plan.batch_size <= shape_.max_batch && plan.table_width <= shape_.table_stride &&
+      std::ranges::all_of(plan.table_updates, fits)) {
+    return;
   }
+  throw InvalidSpec(
+      "the plan is larger than max_batch and max_model_len allow here: it is one of "
+      "a manager that was made with others");
+}
+
+void StepMemory::upload(const StepPlan& plan) {
+  check_shape(plan);
   if (plan.step != last_step_ + 1) forget();  // a plan came in between that went elsewhere
   last_step_ = plan.step;
   for (Placed& array : arrays_) array = {};
@@ -170,7 +182,9 @@ void StepMemory::fill_updates(const StepPlan& plan, std::byte* host) const {
   auto* cells = reinterpret_cast<BlockId*>(host + round_up(bytes));
   for (const TableCells& u : updates_) {
     const BlockId* row = plan.block_tables + std::int64_t{u.row} * plan.table_stride;
-    std::copy_n(row + u.first, u.last - u.first, cells + u.start);
+    const std::int32_t last = std::clamp(plan.table_width, u.first, u.last);
+    BlockId* end = std::copy(row + u.first, row + last, cells + u.start);
+    std::fill_n(end, u.last - last, BlockId::none);  // behind the widest row all is padding
   }
 }
 

@@ -49,6 +49,7 @@ class StepMemory {
     std::size_t bytes = 0;
   };
 
+  void check_shape(const StepPlan& plan) const;
   std::byte* tables() const { return memory_; }
   void place(Array array, const void* host, std::byte* device, std::size_t bytes);
   void list_updates(const StepPlan& plan);

@@ -14,12 +14,10 @@ _Rows = tuple[int, int, float]
 __version__: str
 __compiler__: str
 
-# What pybind11 puts under its classes.
-class _Type(type): ...
+class _Type(type): ...  # what pybind11 puts under its classes
 
 class _Object(metaclass=_Type):
-    """Comes out of calls; a class that users make has an __init__ of its own."""
-
+    # Comes out of calls; a class that users make has an __init__ of its own.
     def __init__(self, *args: Any, **kwargs: Any) -> NoReturn: ...
 
 @final
@@ -125,9 +123,7 @@ class StepPlan(_Object):
 
     What one step does: where each new token goes, what each sequence may read, and which blocks
     to copy first. Reading a plan after the next append raises InvalidState; `copy()` and pickling
-    make a value that stays.
-
-    T is the number of new tokens, B the batch, all shapes in elements:
+    make a value that stays. T is the number of new tokens, B the batch:
         input_ids int64 [T], or None when the append carried no tokens
         slots int64 [T]: block * block_size + offset, where token t's K and V go
         positions int64 [T]: index of the token in its sequence
@@ -137,10 +133,13 @@ class StepPlan(_Object):
         copies int32 [n, 3]: source block, target block, tokens; all precede the step's writes
         table_updates int32 [m, 3]: row, first and one-past-last column rewritten by this step
         wait_for int64 [k]: transfers that must end before this step touches its blocks
+        step, after: its number, from 1, and that of the last step committed before it, or 0
     """
 
     @property
     def step(self) -> int: ...
+    @property
+    def after(self) -> int: ...
     @property
     def batch_size(self) -> int: ...
     @property
@@ -177,10 +176,13 @@ class TransferPlan(_Object):
 
         copies int32 [n, 3]: source block of one tier, target block of the other, tokens in it
         wait_for int64 [k]: transfers that must end before this one begins
+        id, after: its number, from 1, and that of the last step committed before it, or 0
     """
 
     @property
     def id(self) -> int: ...
+    @property
+    def after(self) -> int: ...
     @property
     def direction(self) -> Literal["out", "in"]: ...
     @property
@@ -191,8 +193,6 @@ class TransferPlan(_Object):
     def wait_for(self) -> _Int64: ...
     def __eq__(self, other: object) -> bool: ...
     def __hash__(self) -> int: ...
-    def __getstate__(self) -> tuple[Any, ...]: ...
-    def __setstate__(self, state: tuple[Any, ...], /) -> None: ...
 
 @final
 class Aborted(_Object):

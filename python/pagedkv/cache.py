@@ -6,9 +6,8 @@ import atexit
 import math
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
 
 try:
     import torch
@@ -16,17 +15,18 @@ except ImportError as error:  # the control plane works without; this does not
     raise ImportError("KVCache needs torch: pip install 'pagedkv[torch]'") from error
 
 from pagedkv import attention
-from pagedkv._core import BlockManager, CudaDevice, Device, StepPlan, TransferEngine
+from pagedkv._core import BlockManager, CudaDevice, Device, TransferEngine
+from pagedkv.adopt import Adopted, adopt, require_unmoved
 from pagedkv.errors import ConcurrentUse, InvalidSpec, InvalidState, KVError
 from pagedkv.fp8 import check_scales
-from pagedkv.layout import DevicePool, Layout
+from pagedkv.layout import DevicePool, Layout, num_usable_blocks
 from pagedkv.machine import Machine, machine_for
 from pagedkv.preemption import CostModel, swap_or_recompute
-from pagedkv.sequences import Sequences
 from pagedkv.spec import KVSpec
 from pagedkv.step import Step
+from pagedkv.steps import Steps
 from pagedkv.transfers import GONE, Transfers
-from pagedkv.units import parse_bytes
+from pagedkv.tryout import try_copies
 from pagedkv.writes import Stored, check_source
 
 __all__ = ["KVCache"]
@@ -34,12 +34,17 @@ __all__ = ["KVCache"]
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
-class KVCache(Sequences):
+class KVCache(Steps):
     """A paged KV cache: `BlockManager` and the tensors that its blocks stand for.
 
     Args:
         spec: what the model keeps per token.
         device: "cpu", "cuda:0", or a simulated device: see `pagedkv.testing`.
+        tensors: an engine's own memory as the device tier: per layer, keys and values as views
+            [N, P, H, D] of it, N - 1 usable blocks and block 0 for padding, so no device_memory,
+            num_device_blocks or layout. Which strides can be, see `pagedkv.adopt`; copies and
+            swaps act on all of them, write, gather and attention where [P, H, D] is contiguous.
+            Tried out on two blocks, whose content is then put back: nobody may use them meanwhile.
         device_memory: bytes for the pool, as an int or a size such as "2GiB", or on a GPU a float,
             the fraction of its free memory (but for 96 MiB); or give
         num_device_blocks: usable blocks instead.
@@ -63,8 +68,9 @@ class KVCache(Sequences):
     mean what they mean there.
 
     Raises:
-        InvalidSpec: an argument is out of range, a layer is of a kind that it cannot hold, or the
-            memory holds no block.
+        InvalidSpec: an argument is out of range, a layer is of a kind that it cannot hold, the
+            memory holds no block, or `tensors` are others than `spec` and `device` say, overlap, or
+            have strides that cannot be.
         DeviceError: the device, or the memory of the host tier, cannot be had.
     """
 
@@ -73,6 +79,7 @@ class KVCache(Sequences):
         spec: KVSpec,
         *,
         device: str | torch.device | Device = "cpu",
+        tensors: Adopted | None = None,
         device_memory: int | str | float | None = None,
         num_device_blocks: int | None = None,
         host_memory: int | str | None = None,
@@ -93,10 +100,17 @@ class KVCache(Sequences):
         self.device = machine.device
         if isinstance(device_memory, float):
             device_memory = _fraction(device_memory, machine)
-        num_device_blocks = _num_blocks(spec, "device", device_memory, num_device_blocks)
-        if num_device_blocks is None:
-            raise InvalidSpec("expected one of device_memory and num_device_blocks, found none")
-        num_host_blocks = _num_blocks(spec, "host", host_memory, num_host_blocks) or 0
+        num_device_blocks = num_usable_blocks(spec, "device", device_memory, num_device_blocks)
+        num_host_blocks = num_usable_blocks(spec, "host", host_memory, num_host_blocks) or 0
+        if (tensors is None) == (num_device_blocks is None):
+            found = "none" if tensors is None else "tensors and another"
+            raise InvalidSpec(
+                f"expected one of device_memory, num_device_blocks and tensors, found {found}"
+            )
+        adopted = None if tensors is None else adopt(spec, tensors, machine.device)
+        if adopted is not None:
+            num_device_blocks = adopted.num_blocks - 1
+        assert num_device_blocks is not None
         manager = BlockManager(
             num_device_blocks,
             num_host_blocks,
@@ -106,61 +120,26 @@ class KVCache(Sequences):
             watermark=watermark,
         )
         super().__init__(spec, manager, prefill_rate, cost_model)
-        memory = DevicePool.allocate(spec, num_device_blocks + 1, layout, machine.device)
+        memory = adopted or DevicePool.allocate(spec, num_device_blocks + 1, layout, machine.device)
+        self._adopted = adopted
         self._layers = memory.layers
         self._stored = [Stored(k, v) for k, v in memory.layers]
+        self._in_rows = memory.in_rows
         self._pool = machine.make_pool(memory, manager)
+        engine = None
         if num_host_blocks or machine.needs_order:
             copier = machine.transfer_device(num_host_blocks > 0)
             engine = TransferEngine(
                 copier, memory.block_runs, num_device_blocks, num_host_blocks, owner=memory
             )
             self._transfers = Transfers(self.manager, engine, copier, spec.block_bytes, machine)
+        if adopted is not None:
+            try_copies(adopted, self._pool, engine, num_host_blocks, machine)
         self._process = os.getpid()
-        self._step: Step | None = None  # the open one
-        self._last_step: Callable[[], Step | None] = lambda: None
         self._workspaces: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         _open_caches.add(self)
 
-    # ---- steps -----------------------------------------------------------------------------
-
-    def step(self, ids: Any, tokens: Any = None, counts: Any = None) -> Step:
-        """Open a step of `counts[b]` (default 1) new tokens for each of `ids`, all or nothing.
-
-        The copies of copy-on-write are queued when it returns, and all that follows comes after the
-        transfers that the blocks have to wait for. Write every layer: committed full blocks are
-        prefix hits, whatever is in them. Use it as a context manager, or
-        close it with its commit() or rollback(). See BlockManager.append for the arguments.
-        """
-        self._look()
-        plan = self._open_manager().append(ids, tokens, counts=counts)
-        if (last := self._last_step()) is not None:
-            last.forget_views()
-        try:
-            if self._transfers is not None:
-                self._transfers.step(plan)
-            self._pool.begin_step(plan)
-        except BaseException:
-            self.manager.rollback(plan)
-            raise
-        self._step = step = Step(self, plan, self._step_closed)
-        self._last_step = weakref.ref(step)
-        if self._transfers is not None:
-            self._transfers.paused = True
-        return step
-
-    def _step_closed(self, step: Step) -> None:
-        if self._step is not step:  # another thread has opened the next one already
-            return
-        self._step = None
-        if self._transfers is not None:
-            self._transfers.paused = False
-
-    def apply(self, plan: StepPlan) -> None:
-        """Carry out the copies of a plan, which may be another process's manager's."""
-        self._open_manager()
-        self._follow()
-        self._pool.apply(plan)
+    # ---- a step's work ---------------------------------------------------------------------
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         """Scatter the new tokens' keys [T, H, k_dim] and values [T, H, v_dim] into step.slots.
@@ -172,7 +151,7 @@ class KVCache(Sequences):
         open one.
         """
         self._require(step)
-        pools, num_tokens, slots = self._pools(layer), step.num_tokens, step.slots
+        pools, num_tokens, slots = self._rows(layer), step.num_tokens, step.slots
         stored = self._stored[layer]
         if stored.matches(k, v, num_tokens):
             self._follow()
@@ -219,7 +198,7 @@ class KVCache(Sequences):
         """
         self._follow()
         num_rows, found = len(num_tokens), []
-        for i, pool in enumerate(self._pools(layer)):
+        for i, pool in enumerate(self._rows(layer)):
             space = self._workspace(
                 2 * part + i, (num_rows, pool.shape[2], width, pool.shape[3]), pool.dtype
             )
@@ -283,6 +262,23 @@ class KVCache(Sequences):
             raise InvalidSpec(f"layer is {layer}, expected 0 to {len(self._layers) - 1}")
         return self._layers[layer]
 
+    def _rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._in_rows:
+            raise InvalidSpec(
+                "the adopted tensors' blocks are not contiguous [P, H, D]: copies and swaps act on "
+                "them, but write, gather and attention are the engine's own"
+            )
+        return self._pools(layer)
+
+    def verify(self) -> None:
+        """Recompute every count from scratch; raises BrokenInvariant on a difference.
+
+        Raises InvalidState if adopted tensors are not in the memory any more that they were in.
+        """
+        super().verify()
+        if self._adopted is not None:
+            require_unmoved(self._adopted, self.spec, self.device)
+
     def copy_methods(self) -> str:
         """How blocks in pieces are copied, as a table: what was measured, and what is used."""
         device = self._transfers.device if self._transfers is not None else None
@@ -309,10 +305,6 @@ class KVCache(Sequences):
         return view
 
     # ---- closing ---------------------------------------------------------------------------
-
-    def _require(self, step: Step) -> None:
-        if step is not self._step:
-            raise InvalidState("this step is not open here: it was closed, or is another cache's")
 
     def close(self) -> None:
         """Give the memory back, after what is under way has ended.
@@ -343,6 +335,7 @@ class KVCache(Sequences):
         if self._transfers is not None:
             self._transfers.forget()
         self._transfers = None
+        self._adopted = None
         self._layers = ()
         self._workspaces = {}
         self.machine = Machine()  # which holds nothing
@@ -376,19 +369,3 @@ def _fraction(fraction: float, machine: Machine) -> int:
     if not 0 < fraction <= 1:
         raise InvalidSpec(f"device_memory is {fraction}, expected bytes, or a fraction up to 1.0")
     return int(fraction * machine.free_bytes())
-
-
-def _num_blocks(
-    spec: KVSpec, tier: str, memory: int | str | None, num_blocks: int | None
-) -> int | None:
-    if memory is None:
-        return num_blocks
-    if num_blocks is not None:
-        raise InvalidSpec(f"expected one of {tier}_memory and num_{tier}_blocks, found both")
-    found = spec.num_blocks(parse_bytes(memory, f"{tier}_memory"))
-    if found < 1:
-        raise InvalidSpec(
-            f"{tier}_memory is {memory!r}, expected at least {spec.pool_bytes(1)} bytes: one "
-            "block, and one for padding"
-        )
-    return found

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from pagedkv.errors import InvalidSpec
 from pagedkv.spec import KVSpec, LayerSpec
+from pagedkv.units import parse_bytes
 
-__all__ = ["DevicePool", "Layout"]
+__all__ = ["DevicePool", "Layout", "num_usable_blocks", "region"]
 
 Layout = Literal["block_major", "layer_major"]
 _Part = Callable[[int, int], torch.Tensor]
@@ -22,27 +23,23 @@ class DevicePool:
     """The device tier of a cache.
 
     Attributes:
-        memory: all of it, uint8 [num_blocks * block_bytes].
+        memory: what keeps all of it alive.
         layers: per layer, keys and values as views [num_blocks, block_size, heads, dim].
+        num_blocks: that for padding among them.
+        regions: runs that every token has, as (address in block 0, distance between blocks, bytes
+            of a token), where each token follows the one before: what steps read and write.
         block_runs: the contiguous runs that a block consists of, as (address in block 0, distance
             between blocks, bytes): what a transfer copies.
+        in_rows: whether the regions are each layer's keys and values, in this order, as write and
+            gather need it.
     """
 
-    memory: torch.Tensor
+    memory: Any
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    num_blocks: int
+    regions: tuple[tuple[int, int, int], ...]
     block_runs: tuple[tuple[int, int, int], ...]
-
-    @property
-    def regions(self) -> list[tuple[int, int, int]]:
-        """Per layer its keys' and its values' part of every block, which steps read and write.
-
-        As (address in block 0, distance between blocks, bytes of a token).
-        """
-        return [
-            (t.data_ptr(), t.stride(0) * t.element_size(), t.stride(1) * t.element_size())
-            for layer in self.layers
-            for t in layer
-        ]
+    in_rows: bool = True
 
     @classmethod
     def allocate(
@@ -64,12 +61,23 @@ class DevicePool:
         if layout == "block_major":
             rows = memory.view(num_blocks, spec.block_bytes)
             layers = _views(spec, lambda offset, size: rows[:, offset : offset + size])
-            return cls(memory, layers, ((memory.data_ptr(), spec.block_bytes, spec.block_bytes),))
-        layers = _views(
-            spec,
-            lambda offset, size: memory[offset * num_blocks :][: size * num_blocks].view(-1, size),
-        )
-        return cls(memory, layers, tuple(_run(t) for layer in layers for t in layer))
+            block_runs = [(memory.data_ptr(), spec.block_bytes, spec.block_bytes)]
+        else:
+            layers = _views(
+                spec,
+                lambda offset, size: memory[offset * num_blocks :][: size * num_blocks].view(
+                    -1, size
+                ),
+            )
+            block_runs = [_run(t) for layer in layers for t in layer]
+        regions = tuple(region(t) for layer in layers for t in layer)
+        return cls(memory, layers, num_blocks, regions, tuple(block_runs))
+
+
+def region(view: torch.Tensor) -> tuple[int, int, int]:
+    """Of keys or values [N, P, H, D] whose tokens are rows, what a pool has to know."""
+    size = view.element_size()
+    return view.data_ptr(), view.stride(0) * size, view[0, 0].numel() * size
 
 
 def _views(spec: KVSpec, part: _Part) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
@@ -94,3 +102,20 @@ def _views(spec: KVSpec, part: _Part) -> tuple[tuple[torch.Tensor, torch.Tensor]
 def _run(view: torch.Tensor) -> tuple[int, int, int]:
     size = view.element_size()
     return view.data_ptr(), view.stride(0) * size, view[0].numel() * size
+
+
+def num_usable_blocks(
+    spec: KVSpec, tier: str, memory: int | str | None, num_blocks: int | None
+) -> int | None:
+    """What the arguments {tier}_memory and num_{tier}_blocks say; None if neither is given."""
+    if memory is None:
+        return num_blocks
+    if num_blocks is not None:
+        raise InvalidSpec(f"expected one of {tier}_memory and num_{tier}_blocks, found both")
+    found = spec.num_blocks(parse_bytes(memory, f"{tier}_memory"))
+    if found < 1:
+        raise InvalidSpec(
+            f"{tier}_memory is {memory!r}, expected at least {spec.pool_bytes(1)} bytes: one "
+            "block, and one for padding"
+        )
+    return found

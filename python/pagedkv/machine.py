@@ -58,7 +58,7 @@ class Machine:
 
     def make_pool(self, memory: DevicePool, manager: BlockManager) -> Pool:
         """What carries out the copies of steps."""
-        return HostPool(memory.regions, manager.num_device_blocks + 1, manager.block_size)
+        return HostPool(list(memory.regions), manager.num_device_blocks + 1, manager.block_size)
 
     def follow(self) -> bool:
         """Take the stream that the caller is on now: before anything is queued.
@@ -127,7 +127,7 @@ class SimulatedMachine(GivenMachine):
     def make_pool(self, memory: DevicePool, manager: BlockManager) -> Pool:
         assert isinstance(self._device, SimulatedDevice)
         size = manager.num_device_blocks + 1, manager.block_size
-        return SimulatedPool(self._device, memory.regions, *size, owner=memory)
+        return SimulatedPool(self._device, list(memory.regions), *size, owner=memory)
 
 
 class CudaMachine(Machine):
@@ -160,7 +160,7 @@ class CudaMachine(Machine):
             ) from error
         self._pool = CudaPool(
             self._gpu,
-            memory.regions,
+            list(memory.regions),
             manager.num_device_blocks + 1,
             manager.block_size,
             *shape,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pagedkv.errors import InvalidState
+from pagedkv.errors import InvalidSpec, InvalidState
 
 if TYPE_CHECKING:
-    from pagedkv._core import StepPlan
+    from pagedkv._core import BlockManager, StepPlan
     from pagedkv.cache import KVCache
+    from pagedkv.steps import Steps
 
 __all__ = ["Step"]
 
@@ -23,25 +23,40 @@ class Step:
 
     A context manager: leaving it commits, an exception rolls back. T is the number of new tokens,
     B the batch. `plan` is the StepPlan behind it; the tensors are on the cache's device.
+
+    Attributes:
+        is_applied: whether the plan is another manager's, which KVCache.apply() carries out: then
+            closing the step tells no manager.
     """
 
-    def __init__(self, kv: KVCache, plan: StepPlan, close: Callable[[Step], None]) -> None:
+    def __init__(
+        self, kv: Steps, plan: StepPlan, manager: BlockManager | None, step_before: int
+    ) -> None:
         self.plan = plan
         self.num_tokens: int = plan.num_tokens
-        self._kv = kv
-        self._close = close
+        self.is_applied = manager is None
+        self._kv: KVCache = kv  # type: ignore[assignment]  # the only class of Steps that is made
+        self._manager = manager
+        self._step_before = step_before
         self._open = True
+        self._stale = False
         self._views: dict[str, torch.Tensor] = {}
         self._shared_lens: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _view(self, name: str) -> torch.Tensor:
         view = self._views.get(name)
         if view is None:
+            if self._stale:
+                raise InvalidState(
+                    f"step {self.plan.step} is over, and its buffers are another's: read a step "
+                    "before the next one"
+                )
             view = self._views[name] = self._kv.machine.step_tensor(self.plan, name)
         return view
 
     def forget_views(self) -> None:
         """The buffers belong to another step from now on: reading raises InvalidState."""
+        self._stale = True
         self._views.clear()
 
     @property
@@ -114,17 +129,21 @@ class Step:
 
     def commit(self, lengths: Any = None) -> None:
         """Close the step; `lengths[b]` keeps only that much of row b. See BlockManager.commit."""
-        self._kv.manager.commit(self.plan, lengths)
-        self._closed()
+        if self._manager is not None:
+            self._manager.commit(self.plan, lengths)
+        elif lengths is not None:
+            raise InvalidSpec("lengths are for the manager that made the plan: commit them there")
+        self._closed(self.plan.step)
 
     def rollback(self) -> None:
         """Close the step as if it had not been."""
-        self._kv.manager.rollback(self.plan)
-        self._closed()
+        if self._manager is not None:
+            self._manager.rollback(self.plan)
+        self._closed(self._step_before)
 
-    def _closed(self) -> None:
+    def _closed(self, last_step: int) -> None:
         self._open = False
-        self._close(self)
+        self._kv._step_closed(self, last_step)
 
     def __enter__(self) -> Step:
         return self

@@ -137,17 +137,27 @@ class Transfers:
         self._alone = _Alone()
         self._closed = False
         self.paused = False  # while a step is open, the manager takes no ends
+        self._applies: bool | None = None  # another manager's plans, since the first
         self._copied: dict[str, tuple[int, float]] = {}  # direction -> bytes and seconds, in all
 
-    def start(self, make_plan: Callable[[], TransferPlan]) -> Transfer:
-        """Start what the manager plans, once it knows what has ended."""
+    def start(self, make_plan: Callable[[], TransferPlan], is_applied: bool = False) -> Transfer:
+        """Start what the manager plans, once it knows what has ended.
+
+        A plan that is applied is another manager's, whom somebody else tells of the end. Their
+        numbers would clash, so a cache carries out the plans of one.
+        """
         with self._alone:
             if self._closed:
                 raise InvalidState("this cache is closed")
             if self._machine.is_capturing():
                 raise InvalidState("a CUDA graph is being captured: no blocks are moved meanwhile")
             self._look()
-            return self._submit(make_plan())
+            if self._applies not in (None, is_applied):
+                whose = "another" if self._applies else "its own"
+                raise InvalidState(f"this cache carries out the transfers of {whose} manager")
+            plan = make_plan()
+            self._applies = is_applied
+            return self._submit(plan)
 
     def follow(self) -> None:
         """Within a step: the stream that the caller is on now continues the one before."""
@@ -161,7 +171,9 @@ class Transfers:
             self._machine.follow()
             self.engine.submit(plan)
         except BaseException as error:  # an interrupt among them: the manager waits for an end
-            if not self.engine.in_flight(plan.id):
+            if self._applies:  # who called has been told
+                del self._under_way[plan.id]
+            elif not self.engine.in_flight(plan.id):
                 self._hear(plan.id, f"it was not submitted, {error!r}")
             raise
         self._machine.warn()
@@ -243,8 +255,12 @@ class Transfers:
 
     def _end(self, transfer: Transfer, why: str | None) -> None:
         if why is None:
-            self._manager.complete(transfer.id)
+            if not self._applies:
+                self._manager.complete(transfer.id)
             self._measure(transfer)
+        elif self._applies:
+            transfer._error = TransferError(f"transfer {transfer.id} failed: {why}")
+            self._note_failure(transfer)
         else:
             self._fail(transfer, why)
         del self._under_way[transfer.id]

@@ -240,6 +240,65 @@ TEST_CASE("a step goes up in one copy: its arrays, its copies and the changes of
   w.check_nothing_left();
 }
 
+TEST_CASE("a plan with tables no wider than its longest row goes up as the manager's own would") {
+  World w(1);
+  BlockManager manager({.num_device_blocks = 60,
+                        .block_size = kBlockSize,
+                        .max_batch = kShape.max_batch,
+                        .max_model_len = kShape.table_stride * kBlockSize});
+  std::vector<SequenceId> ids{manager.create_anonymous(), manager.create_anonymous()};
+  StepPlan plan;
+  std::vector<BlockId> narrow;
+  for (const std::int64_t count : {9, 1, 12, 1, 2, 1}) {
+    if (count == 2) {  // a short sequence in the row of a long one, behind it what was there
+      manager.release(ids);
+      ids = {manager.create_anonymous(), manager.create_anonymous()};
+    }
+    const std::int64_t counts[] = {count, 1};
+    plan =
+        manager.append(ids, std::vector<Token>(static_cast<std::size_t>(count) + 1), true, counts);
+    narrow.clear();
+    for (std::int32_t row = 0; row < plan.batch_size; ++row) {
+      const BlockId* from = plan.block_tables + std::int64_t{row} * plan.table_stride;
+      narrow.insert(narrow.end(), from, from + plan.table_width);
+    }
+    narrow.shrink_to_fit();  // what is read behind it is an error under a sanitizer
+    StepPlan value = plan;
+    value.block_tables = narrow.data();
+    value.table_stride = plan.table_width;
+    w.pool->begin_step(value);
+    w.pool->synchronize();
+    compare(w.pool->step(), plan);
+    const auto* cells =
+        reinterpret_cast<const BlockId*>(w.pool->step().address(StepMemory::Array::block_tables));
+    for (std::int32_t row = 0; row < plan.batch_size; ++row) {
+      const std::int64_t at = std::int64_t{row} * kShape.table_stride;
+      CHECK(std::equal(cells + at, cells + at + kShape.table_stride, plan.block_tables + at));
+    }
+    manager.commit(plan.step, {}, false);
+  }
+  w.check_nothing_left();
+}
+
+TEST_CASE("a plan that is larger than the step memory is refused") {
+  World w(1);
+  StepPlan plan;
+  plan.batch_size = kShape.max_batch + 1;
+  CHECK_THROWS_AS(w.pool->begin_step(plan), InvalidSpec);
+  plan.batch_size = 1;
+  plan.table_width = kShape.table_stride + 1;
+  CHECK_THROWS_AS(w.pool->begin_step(plan), InvalidSpec);
+  plan.table_width = 1;
+  const TableUpdate update{0, 0, kShape.table_stride + 1};
+  plan.table_updates = {&update, 1};
+  CHECK_THROWS_AS(w.pool->begin_step(plan), InvalidSpec);
+  const BlockCopy copy{BlockId{1}, BlockId{kBlocks}, 1};
+  plan.copies = {&copy, 1};
+  CHECK_THROWS_AS(w.pool->begin_step(plan), std::invalid_argument);
+  CHECK(w.runtime->num_calls("cudaMemcpyAsync") == 1);  // that of the pool itself
+  w.check_nothing_left();
+}
+
 TEST_CASE("a pool whose memory is refused leaves nothing behind") {
   for (const char* function : {"cudaMalloc", "cudaMemcpyAsync", "cudaEventRecord"}) {
     World w(1);

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+import adopted_layouts  # noqa: E402
 import pagedkv as pk  # noqa: E402
 from hazard_world import LAYOUTS, World  # noqa: E402
 from test_programs import Program, run_all  # noqa: E402
@@ -217,3 +219,43 @@ def test_attention_is_that_of_the_cpu() -> None:
             outputs.append(found)
     for one, other in zip(*outputs, strict=True):
         assert (one - other).norm() / one.norm() < 1e-3
+
+
+@pytest.mark.parametrize("copy_method", METHODS)
+@pytest.mark.parametrize("make", adopted_layouts.LAYOUTS, ids=lambda f: str(f.__name__))
+def test_adopted_tensors_are_tried_out_and_kept(
+    make: Any, copy_method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adopted_layouts, "DEVICE", "cuda:0")
+    layers = make()
+    before = [t.clone() for pair in layers for t in pair]
+    spec = adopted_layouts.spec_of(make)
+    for host in (0, 5):
+        options: dict[str, Any] = {"num_host_blocks": host, "copy_method": copy_method}
+        with pk.KVCache(spec, device="cuda:0", tensors=layers, **options) as kv:
+            kv.verify()
+        after = [t for pair in layers for t in pair]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_pickled_plan_is_carried_out() -> None:
+    """With forks, by one cache of each kind: the tables on the device, and what attention reads."""
+    spec = pk.KVSpec(2, 2, 16, "float32", 4)
+    manager = pk.BlockManager(40, block_size=4, max_batch=8)
+    ids, random = [manager.create()], torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"num_device_blocks": 40, "max_batch": 8}
+    with pk.KVCache(spec, **options) as cpu, pk.KVCache(spec, device="cuda:0", **options) as gpu:
+        for n in range(12):
+            counts = [6 if n == 0 else 1] * len(ids)
+            q, k, v = (torch.randn(sum(counts), h, 16, generator=random) for h in (4, 2, 2))
+            plan = manager.append(ids, counts=counts)
+            found = []
+            for kv in (cpu, gpu):
+                with kv.apply(pickle.loads(pickle.dumps(plan))) as step:
+                    assert step.block_tables.tolist() == plan.block_tables.tolist()
+                    kv.write(0, k.to(kv.device), v.to(kv.device), step)
+                    found.append(kv.attention(0, q.to(kv.device), step).cpu())
+            torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+            manager.commit(plan)
+            if n == 0:
+                ids = manager.fork(ids[0], 4).tolist()

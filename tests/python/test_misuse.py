@@ -150,17 +150,19 @@ def test_a_plan_is_made_by_append_only() -> None:
     plan = m.append([m.create()])
     with pytest.raises(TypeError):
         pk.StepPlan()
-    values = plan.__getstate__()[1]  # type: ignore[call-arg, index]
+    values = plan.__getstate__()[2]  # type: ignore[call-arg, index]
     good = pickle.loads(pickle.dumps(plan))
     for junk in (
         (),
         (1,),
-        (1, ()),
-        (1, values[:-1]),
-        (1, values, 2),
-        ("1", values),
-        (1, 5),
-        (1, None),
+        (1, values),
+        (1, 0, ()),
+        (1, 0, values[:-1]),
+        (1, 0, values, 2),
+        ("1", 0, values),
+        (1, "0", values),
+        (1, 0, 5),
+        (1, 0, None),
     ):
         with pytest.raises((pk.InvalidSpec, TypeError, RuntimeError)):
             pk.StepPlan.__new__(pk.StepPlan).__setstate__(junk)  # type: ignore[attr-defined]

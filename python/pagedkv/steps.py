@@ -1,0 +1,132 @@
+"""Steps of a cache: of its own manager, or of one in another process."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, overload
+
+from pagedkv._core import BlockManager, StepPlan, TransferPlan
+from pagedkv.errors import InvalidSpec, InvalidState
+from pagedkv.plan_order import PlanOrder
+from pagedkv.sequences import Sequences
+from pagedkv.step import Step
+
+if TYPE_CHECKING:
+    from pagedkv._core import Pool
+    from pagedkv.preemption import CostModel
+    from pagedkv.spec import KVSpec
+    from pagedkv.transfers import Transfer
+
+__all__ = ["Steps"]
+
+
+class Steps(Sequences):
+    """Opens steps, one at a time, and closes them. `KVCache` adds the tensors."""
+
+    _pool: Pool
+
+    def __init__(
+        self, spec: KVSpec, manager: BlockManager, prefill_rate: float | None, cost_model: CostModel
+    ) -> None:
+        super().__init__(spec, manager, prefill_rate, cost_model)
+        self._order = PlanOrder()
+        self._step: Step | None = None  # the open one
+        self._last_step: Callable[[], Step | None] = lambda: None
+
+    def step(self, ids: Any, tokens: Any = None, counts: Any = None) -> Step:
+        """Open a step of `counts[b]` (default 1) new tokens for each of `ids`, all or nothing.
+
+        The copies of copy-on-write are queued when it returns, and all that follows comes after the
+        transfers that the blocks have to wait for. Write every layer: committed full blocks are
+        prefix hits, whatever is in them. Use it as a context manager, or
+        close it with its commit() or rollback(). See BlockManager.append for the arguments.
+        """
+        self._look()
+        manager = self._open_manager()
+        self._close_applied()
+        plan = manager.append(ids, tokens, counts=counts)
+        try:
+            return self._begin(plan, manager)
+        except BaseException:
+            manager.rollback(plan)
+            raise
+
+    @overload
+    def apply(self, plan: StepPlan) -> Step: ...
+    @overload
+    def apply(self, plan: TransferPlan) -> Transfer: ...
+    def apply(self, plan: Any) -> Any:
+        """Carry out a plan of another manager, such as an unpickled one of a scheduler process.
+
+        Args:
+            plan: of a manager that was made with the block_size, and at most the num_device_blocks,
+                num_host_blocks, max_batch and max_model_len of `self.manager`, which stays unused.
+
+        A StepPlan's copies are queued when this returns, and the Step is as one of step(): write()
+        and attention() take it, until it is closed, or the next plan is applied. Its commit() tells
+        nobody: the scheduler commits. After its rollback() the plan may be applied again.
+
+        A TransferPlan's copies begin as those of swap_out(). Its end is the Transfer's `done`,
+        `error` and wait(), and poll() here; the scheduler completes it when all workers have ended
+        it, or aborts it if one of them failed.
+
+        Each plan is carried out once, in the order in which the manager made them. Steps that were
+        rolled back may be left out; see `pagedkv.plan_order`.
+
+        Raises:
+            InvalidState: the plan was carried out before, or another has to be carried out first;
+                the message says which. Or a step() is open.
+            InvalidSpec: it is none, or it names blocks that this cache does not have.
+        """
+        self._open_manager()
+        if not isinstance(plan, (StepPlan, TransferPlan)):
+            raise InvalidSpec(f"plan is {plan!r}, expected a StepPlan or a TransferPlan")
+        self._look()
+        self._close_applied()
+        if self._step is not None:
+            raise InvalidState("a step is open: close it before another plan is carried out")
+        if isinstance(plan, TransferPlan):
+            transfers = self._tiers()
+            self._order.check_transfer(plan)
+            transfer = transfers.start(lambda: plan, is_applied=True)
+            self._order.last_transfer = plan.id
+            return transfer
+        self._order.check_step(plan)
+        try:
+            return self._begin(plan, None)
+        except InvalidSpec:
+            raise
+        except ValueError as error:  # of a pool, which looks before it touches memory
+            raise InvalidSpec(f"step {plan.step} is not one for this cache: {error}") from error
+
+    def _begin(self, plan: StepPlan, manager: BlockManager | None) -> Step:
+        """Queue what precedes the step's work; whoever has the manager closes it there, too."""
+        if (last := self._last_step()) is not None:
+            last.forget_views()
+        if self._transfers is not None:
+            self._transfers.step(plan)
+        self._pool.begin_step(plan)
+        before, self._order.last_step = self._order.last_step, plan.step
+        self._step = step = Step(self, plan, manager, before)
+        self._last_step = weakref.ref(step)
+        if self._transfers is not None:
+            self._transfers.paused = manager is not None
+        return step
+
+    def _close_applied(self) -> None:
+        """An applied step that nobody closed has done its work by the next plan."""
+        if self._step is not None and self._step.is_applied:
+            self._step.commit()
+
+    def _step_closed(self, step: Step, last_step: int) -> None:
+        if self._step is not step:  # another thread has opened the next one already
+            return
+        self._order.last_step = last_step
+        self._step = None
+        if self._transfers is not None:
+            self._transfers.paused = False
+
+    def _require(self, step: Step) -> None:
+        if step is not self._step:
+            raise InvalidState("this step is not open here: it was closed, or is another cache's")

@@ -1,0 +1,44 @@
+"""Plans as pickles: whole, and damaged on their way. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pagedkv as pk
+
+BAD_STATES: list[tuple[str, Callable[[list[Any]], Any]]] = [
+    ("no arrays", lambda a: []),
+    ("an array too few", lambda a: a[:-1]),
+    ("int32 slots", lambda a: [*a[:1], a[1].astype(np.int32), *a[2:]]),
+    ("a list", lambda a: [*a[:1], a[1].tolist(), *a[2:]]),
+    ("fewer positions", lambda a: [*a[:2], a[2][:-1], *a[3:]]),
+    ("fewer starts", lambda a: [*a[:3], a[3][:-1], *a[4:]]),
+    ("fewer rows", lambda a: [*a[:5], a[5][:-1], *a[6:]]),
+    ("flat tables", lambda a: [*a[:5], a[5].ravel(), *a[6:]]),
+    ("strided tables", lambda a: [*a[:5], np.repeat(a[5], 2, 1)[:, ::2], *a[6:]]),
+    ("copies of two", lambda a: [*a[:6], a[6].reshape(-1, 3)[:, :2].copy(), *a[7:]]),
+    ("many copies", lambda a: [*a[:6], np.zeros((9, 3), np.int32), *a[7:]]),
+    ("an update of no row", lambda a: [*a[:7], np.array([[2, 0, 1]], np.int32), a[8]]),
+    ("an update backwards", lambda a: [*a[:7], np.array([[0, 1, 0]], np.int32), a[8]]),
+    ("floats to wait for", lambda a: [*a[:8], np.zeros(1)]),
+]
+
+
+@pytest.mark.parametrize("change", [b[1] for b in BAD_STATES], ids=[b[0] for b in BAD_STATES])
+def test_damaged_pickles_are_refused(change: Any) -> None:
+    manager = pk.BlockManager(20, block_size=4)
+    seq = manager.create()
+    manager.commit(manager.append([seq], [1, 2], counts=[2]))
+    plan = manager.append(manager.fork(seq, 2), [3, 4])
+    cls, state = plan.__class__, plan.__getstate__()
+    again = cls.__new__(cls)
+    again.__setstate__(state)
+    assert again == plan
+    assert (again.num_copies, again.after) == (1, 1)
+    step, after, arrays = state
+    with pytest.raises(pk.InvalidSpec, match=r"plan|pickle"):
+        cls.__new__(cls).__setstate__((step, after, tuple(change(list(arrays)))))
