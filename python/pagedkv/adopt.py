@@ -12,8 +12,8 @@ before ends. What several tensors have side by side is one run. So there may be
     [N, P, 576]      t[..., None, :512], t[..., None, 512:]       MLA, as one head of 512 and 64
 
 and parts of larger tensors, such as one of all layers, with any stride from block to block. What
-may not be is padding between tokens, which could be somebody else's. Writing and gathering need each
-tensor's [P, H, D] contiguous.
+may not be is padding between tokens, which could be somebody else's. Writing and gathering need
+[P, H, D] of each tensor to be contiguous.
 """
 
 from __future__ import annotations
