@@ -2,8 +2,8 @@
 
 Each layer's keys and values come as views [N, P, H, D] (N blocks, that for padding among them, of P
 tokens), whatever memory is behind them. Copies and swaps move runs of bytes, so what counts is
-which bytes a token has. Of each token, all heads (or one head, or one element) have to follow
-those of the token before without a gap, as one run of all layers taken together. That is so for
+where a token's bytes are: in one run or several, each of which has to begin where that of the token
+before ends. What several tensors have side by side is one run. So there may be
 
     [2, N, P, H, D]  t[0], t[1]                                   vLLM
     [N, 2, P, H, D]  t[:, 0], t[:, 1]                             FlashInfer, "NHD"
@@ -11,8 +11,9 @@ those of the token before without a gap, as one run of all layers taken together
     [N, P, H, 2, D]  t[..., 0, :], t[..., 1, :]                   keys and values side by side
     [N, P, 576]      t[..., None, :512], t[..., None, 512:]       MLA, as one head of 512 and 64
 
-and for parts of larger tensors, such as one of all layers, with any stride from block to block.
-Writing and gathering need the first form of token: all heads as [H, D] in one run.
+and parts of larger tensors, such as one of all layers, with any stride from block to block. What
+may not be is padding between tokens, which could be somebody else's. Writing and gathering need
+[P, H, D] of each tensor to be contiguous.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from adopted_layouts import (  # noqa: E402
 )
 from pagedkv.adopt import adopt  # noqa: E402
 from pagedkv.layout import DevicePool  # noqa: E402
+from pagedkv.spec import DTYPE_BYTES  # noqa: E402
 from pagedkv.testing import CudaDevice, SimulatedCuda, SimulatedDevice  # noqa: E402
 from pagedkv.tryout import try_copies  # noqa: E402
 
@@ -333,3 +334,14 @@ def try_out(memory: DevicePool) -> None:
     engine = TransferEngine(HostDevice(), memory.block_runs, N - 1, N - 1, owner=memory)
     try_copies(memory, pool, engine, N - 1, Machine())
     engine.close()
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+def test_bytes_that_are_no_number_are_put_back(dtype: str) -> None:
+    size = DTYPE_BYTES[dtype]
+    memory = torch.randint(0, 256, (N, 2, H, P, D * size), dtype=torch.uint8)
+    kept = memory.clone()
+    views = memory.view(getattr(torch, dtype)).transpose(2, 3)
+    spec = pk.KVSpec(1, H, D, dtype, P)
+    with pk.KVCache(spec, tensors=[(views[:, 0], views[:, 1])], num_host_blocks=4):
+        assert torch.equal(memory, kept)
