@@ -117,6 +117,7 @@ class KVCache(Sequences):
         self._step: Step | None = None  # the open one
         self._last_step: Callable[[], Step | None] = lambda: None
         self._workspaces: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.backend_memory: dict[Any, Any] = {}  # what attention backends keep from step to step
         _open_caches.add(self)
 
     # ---- steps -----------------------------------------------------------------------------
@@ -241,14 +242,20 @@ class KVCache(Sequences):
     ) -> torch.Tensor:
         """Attention of the new tokens to their sequences; see `pagedkv.attention.attend`."""
         self._require(step)
-        if backend not in ("auto", "gather"):
-            raise InvalidSpec(f'backend is {backend!r}, expected "auto" or "gather"')
         self._pools(layer)
         if window is None:
             window = self.spec.layers[layer].window
         return attention.attend(
-            self, layer, q, step, scale=scale, softcap=softcap, window=window, attn_mask=attn_mask
-        )
+            self, layer, q, step, scale=scale, softcap=softcap, window=window,
+            attn_mask=attn_mask, backend=backend,
+        )  # fmt: skip
+
+    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """k(layer) and v(layer), for work that comes after all that was queued."""
+        self._follow()
+        if self.device.type == "cpu":  # where nothing is queued, unless it is a simulated device
+            self._pool.synchronize()
+        return self._pools(layer)
 
     def _follow(self) -> None:
         if self._transfers is not None:
@@ -332,7 +339,7 @@ class KVCache(Sequences):
             self._transfers.forget()
         self._transfers = None
         self._layers = ()
-        self._workspaces = {}
+        self._workspaces, self.backend_memory = {}, {}
         self.machine = Machine()  # which holds nothing
         self._pool = GONE
 
