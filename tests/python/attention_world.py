@@ -1,4 +1,4 @@
-"""Sequences of a cache, steps of mixed batches over them, and dense attention beside every backend."""
+"""Sequences of a cache, steps over mixed batches of them, and dense attention to compare with."""
 
 from __future__ import annotations
 

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["attend", "is_faster", "refusal"]
 
-RUN_BYTES = 2 << 20  # of K and V at a time: what a processor's own cache holds
+RUN_BYTES = 4 << 20  # of K and V at a time: more than calls cost, less than processors cache
 QUERY_TILE = 256  # new tokens at a time, so that scores stay small, too
-LONG = 2048  # tokens, from which this was measured to be the faster way
 
 # Output [H, G, n, v_dim] in float32 and the log-sum-exp of its scores [H, G, n].
 Part = tuple[torch.Tensor, torch.Tensor]
@@ -37,9 +36,9 @@ def refusal(kv: KVCache, call: Call) -> str | None:
 
 
 def is_faster(kv: KVCache, call: Call, step: Step) -> bool:
-    """Than gathering all."""
-    lens = step.plan.seq_lens
-    return len(lens) > 0 and int(lens.max()) >= LONG
+    """Than gathering all: for more than one run of blocks, it was, or was as fast."""
+    layer, lens = kv.spec.layers[call.layer], step.plan.seq_lens
+    return len(lens) > 0 and int(lens.max()) * (layer.k_bytes + layer.v_bytes) > RUN_BYTES
 
 
 def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
