@@ -166,7 +166,7 @@ def call(q: torch.Tensor, **options: Any) -> Call:
 
 def test_auto_on_a_cpu_goes_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
     with world() as w:
-        monkeypatch.setattr(blockwise, "RUN_BYTES", 19 * w.kv.spec.token_bytes // 2)
+        monkeypatch.setattr(blockwise, "RUN_BYTES", 19 * w.kv.spec.token_bytes // 4)
         ids = w.new([18])
         for expected in ("gather", "blockwise"):
             _, found = w.step(ids, [1], lambda q, s: choose(w.kv, call(q), s, "auto"))

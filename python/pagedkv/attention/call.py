@@ -77,6 +77,8 @@ def kernel_refusal(
         return f"needs queries and keys of one dtype: {call.q.dtype}, and stored are {stored}"
     if layer.k_dim != layer.v_dim:
         return f"needs equal k_dim and v_dim, and the layer's are {layer.k_dim} and {layer.v_dim}"
+    if any(pool.stride(-1) != 1 for pool in (kv.k(call.layer), kv.v(call.layer))):
+        return "needs the elements of a head side by side"
     if layer.k_dim % 8 or layer.k_dim > 256:
         return f"needs a k_dim that is a multiple of 8 up to 256, and the layer's is {layer.k_dim}"
     return None

@@ -84,8 +84,14 @@ def _dense(
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """q [B, Hq, n, D], k and v [B, H, S, D] -> [B, Hq, n, Dv]."""
+    found: torch.Tensor
     if k.dtype != q.dtype:
         k, v = k.to(q.dtype), v.to(q.dtype)
+    if softcap is None and q.shape[2] == 1 and (mask is None or mask.shape[1] == 1):
+        # A group's queries as rows of one product: else torch copies K and V for each of them.
+        grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+        found = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+        return found.reshape(q.shape[0], q.shape[1], 1, -1)
     if softcap is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -93,7 +99,7 @@ def _dense(
     group = q.shape[1] // k.shape[1]
     scores = q.unflatten(1, (-1, group)).flatten(2, 3) @ k.transpose(-1, -2)
     weights = _weights(scores.unflatten(2, (group, -1)).flatten(1, 2), scale, softcap, mask)
-    found: torch.Tensor = weights.unflatten(1, (-1, group)).flatten(2, 3) @ v
+    found = weights.unflatten(1, (-1, group)).flatten(2, 3) @ v
     return found.reshape(q.shape[0], q.shape[1], q.shape[2], -1)
 
 
