@@ -84,6 +84,14 @@ def test_heads_in_groups_and_values_of_another_size(
         mixed(w, backend)
 
 
+@pytest.mark.parametrize("backend", HERE)
+def test_one_key_head_that_is_longer_than_its_values_as_absorbed_latent_attention_has(
+    backend: str,
+) -> None:
+    with world((16, 1), (72, 64)) as w:
+        mixed(w, backend, scale=0.1)
+
+
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 5}], ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("layout", ["block_major", "layer_major"])
@@ -157,6 +165,22 @@ def test_blockwise_gathers_a_run_of_blocks_at_a_time(monkeypatch: pytest.MonkeyP
         assert 0 < held <= 16 * token_bytes * 5 // 4
         w.check("gather", ids, [1])
         assert sum(memory.nbytes for memory, _ in w.kv._workspaces.values()) > 300 * token_bytes
+
+
+def test_blockwise_reads_what_rows_share_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with world() as w:
+        read: list[tuple[int, int]] = []
+        gather = w.kv.gather_blocks
+
+        def counted(layer: int, tables: Any, first: int, num: Any, width: int) -> Any:
+            read.append((first, width))
+            return gather(layer, tables, first, num, width)
+
+        monkeypatch.setattr(w.kv, "gather_blocks", counted)
+        beams = w.kv.fork(w.new([40])[0], 3)
+        w.check("blockwise", beams, [1, 1, 1])
+        assert sum(first < 10 for first, _ in read) == 10  # blocks that all three have
+        assert sum(first >= 10 for first, _ in read) == 3
 
 
 def call(q: torch.Tensor, **options: Any) -> Call:

@@ -76,7 +76,7 @@ def _row(
     for start, stop, k, v in _keys(kv, call, step, row, first, at if num > 1 else end, end):
         mask = None
         is_causal = num > 1 and start == at
-        if start < end - window or (is_causal and (window < num or not _is_fused(kv, call))):
+        if start < end - window or (is_causal and not _is_fused(kv, call)):
             keys, positions = torch.arange(start, stop), torch.arange(at, end)[:, None]
             mask = (keys <= positions) & (keys > positions - window)
         new = _attend(kv, call, q, k, v, mask, is_causal)
