@@ -243,8 +243,6 @@ class KVCache(Sequences):
         """Attention of the new tokens to their sequences; see `pagedkv.attention.attend`."""
         self._require(step)
         self._pools(layer)
-        if window is None:
-            window = self.spec.layers[layer].window
         return attention.attend(
             self, layer, q, step, scale=scale, softcap=softcap, window=window,
             attn_mask=attn_mask, backend=backend,

@@ -48,7 +48,7 @@ def attend(
         q: queries [T, Hq, k_dim] on the cache's device, Hq a multiple of the layer's KV heads.
         scale: of the scores, by default k_dim ** -0.5.
         softcap: scores become softcap * tanh(scores / softcap).
-        window: a token sees itself and the window - 1 tokens before it.
+        window: a token sees itself and the window - 1 tokens before it; by default the layer's own.
         attn_mask: bool (True: visible) or additive float, broadcastable to
             [B, Hq, query length, max(seq_lens)], in place of the causal rule; every row of the
             step must then have the same number of new tokens. "gather" alone takes one.
@@ -77,6 +77,7 @@ def attend(
         raise InvalidSpec(f"softcap is {softcap}, expected a number over 0, or None")
     if window is not None and window < 1:
         raise InvalidSpec(f"window is {window}, expected 1 token or more, or None")
+    window = spec.window if window is None else window
     k_scale, v_scale = kv.scales[layer]
     if k_scale != 1:
         q = q * k_scale  # first: what is stored may be so large that products with it overflow
