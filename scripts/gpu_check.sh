@@ -3,7 +3,8 @@
 # runs every test that needs a GPU, and the benchmarks, and writes the report to FOLDER.
 #
 # PYTHON has torch with CUDA, transformers, pytest, hypothesis, pybind11, scikit-build-core and ninja,
-# and cmake is 3.26 or later. BASELINE=cuda.json compares with an earlier run.
+# and cmake is 3.26 or later. Attention backends (flashinfer, flash_attn_interface, flash_attn) are tested
+# if it has them. BASELINE=cuda.json compares with an earlier run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/gpu}

@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 try:
     import torch
@@ -137,6 +138,7 @@ class KVCache(Steps):
             try_copies(adopted, self._pool, engine, num_host_blocks, machine)
         self._process = os.getpid()
         self._workspaces: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.backend_memory: dict[Any, Any] = {}  # what attention backends keep from step to step
         _open_caches.add(self)
 
     # ---- a step's work ---------------------------------------------------------------------
@@ -232,14 +234,18 @@ class KVCache(Steps):
     ) -> torch.Tensor:
         """Attention of the new tokens to their sequences; see `pagedkv.attention.attend`."""
         self._require(step)
-        if backend not in ("auto", "gather"):
-            raise InvalidSpec(f'backend is {backend!r}, expected "auto" or "gather"')
         self._pools(layer)
-        if window is None:
-            window = self.spec.layers[layer].window
         return attention.attend(
-            self, layer, q, step, scale=scale, softcap=softcap, window=window, attn_mask=attn_mask
-        )
+            self, layer, q, step, scale=scale, softcap=softcap, window=window,
+            attn_mask=attn_mask, backend=backend,
+        )  # fmt: skip
+
+    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """k(layer) and v(layer), for work that comes after all that was queued."""
+        self._follow()
+        if self.device.type == "cpu":  # where nothing is queued, unless it is a simulated device
+            self._pool.synchronize()
+        return self._pools(layer)
 
     def _follow(self) -> None:
         if self._transfers is not None:
@@ -337,7 +343,7 @@ class KVCache(Steps):
         self._transfers = None
         self._adopted = None
         self._layers = ()
-        self._workspaces = {}
+        self._workspaces, self.backend_memory = {}, {}
         self.machine = Machine()  # which holds nothing
         self._pool = GONE
 

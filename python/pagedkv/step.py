@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -15,7 +16,23 @@ if TYPE_CHECKING:
     from pagedkv.cache import KVCache
     from pagedkv.steps import Steps
 
-__all__ = ["Step"]
+__all__ = ["Csr", "Step"]
+
+T = TypeVar("T")
+
+
+class Csr(NamedTuple):
+    """Block tables one behind the other, int32 on the cache's device, in FlashInfer's words.
+
+    Attributes:
+        kv_indptr: row b's blocks are kv_indices[kv_indptr[b] : kv_indptr[b + 1]], [B + 1].
+        kv_indices: blocks, [kv_indptr[B]].
+        kv_last_page_len: tokens in each row's last block, 1 to block_size, [B].
+    """
+
+    kv_indptr: torch.Tensor
+    kv_indices: torch.Tensor
+    kv_last_page_len: torch.Tensor
 
 
 class Step:
@@ -41,6 +58,7 @@ class Step:
         self._open = True
         self._stale = False
         self._views: dict[str, torch.Tensor] = {}
+        self._kept: dict[Hashable, Any] = {}
         self._shared_lens: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _view(self, name: str) -> torch.Tensor:
@@ -58,6 +76,14 @@ class Step:
         """The buffers belong to another step from now on: reading raises InvalidState."""
         self._stale = True
         self._views.clear()
+        self._kept.clear()
+
+    def kept(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returned when `key` was first asked for: one for all layers of the step."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        found: T = self._kept[key]
+        return found
 
     @property
     def input_ids(self) -> torch.Tensor:
@@ -95,6 +121,19 @@ class Step:
     def block_tables(self) -> torch.Tensor:
         """Blocks of each sequence, int32 [B, W], padded with block 0; rows are strided."""
         return self._view("block_tables")
+
+    def csr(self) -> Csr:
+        """The block tables without padding, made on the device, once, while nobody waits."""
+        return self.kept("csr", self._make_csr)
+
+    def _make_csr(self) -> Csr:
+        size, lens = self._kv.spec.block_size, self.seq_lens
+        counts = (lens + size - 1) // size
+        indptr = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        total = int(((self.plan.seq_lens + size - 1) // size).sum())  # known here, so none waits
+        rows = torch.repeat_interleave(counts, output_size=total)
+        columns = torch.arange(total, device=lens.device) - indptr[rows]
+        return Csr(indptr, self.block_tables[rows, columns], lens - (counts - 1) * size)
 
     @cached_property
     def shared_runs(self) -> list[tuple[int, int, int]]:

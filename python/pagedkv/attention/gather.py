@@ -1,4 +1,4 @@
-"""Attention over paged K and V: gather, then torch's own kernels.
+"""Gather, then torch's own kernels: everywhere, for everything.
 
 Rows of a batch that begin with the same blocks (beams, samples) read them once for all: their
 queries attend to the shared run together, each row to its own tail apart, and one softmax runs
@@ -14,56 +14,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pagedkv.errors import InvalidSpec
-
 if TYPE_CHECKING:
+    from pagedkv.attention.call import Call
     from pagedkv.cache import KVCache
     from pagedkv.step import Step
 
-__all__ = ["attend"]
+__all__ = ["attend", "refusal"]
 
 
-def attend(
-    kv: KVCache,
-    layer: int,
-    q: torch.Tensor,
-    step: Step,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    window: int | None = None,
-    attn_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Causal attention of each new token to its sequence up to itself.
+def refusal(kv: KVCache, call: Call) -> str | None:
+    return None
 
-    Args:
-        q: queries [T, Hq, k_dim], Hq a multiple of the layer's KV heads.
-        scale: of the scores, by default k_dim ** -0.5.
-        softcap: scores become softcap * tanh(scores / softcap).
-        window: a token sees itself and the window - 1 tokens before it.
-        attn_mask: bool (True: visible) or additive float, broadcastable to
-            [B, Hq, query length, max(seq_lens)], in place of the causal rule; every row of the
-            step must then have the same number of new tokens.
 
-    Returns [T, Hq, v_dim] in q's dtype.
-
-    Raises:
-        InvalidSpec: q has another shape than [T, Hq, k_dim].
-    """
-    plan, spec = step.plan, kv.spec.layers[layer]
-    if q.dim() != 3 or q.shape[0] != plan.num_tokens or q.shape[2] != spec.k_dim:
-        raise InvalidSpec(
-            f"q is {list(q.shape)}, expected [{plan.num_tokens}, query heads, {spec.k_dim}]"
-        )
-    if q.shape[1] % spec.num_kv_heads:
-        raise InvalidSpec(
-            f"q has {q.shape[1]} heads, expected a multiple of {spec.num_kv_heads} KV heads"
-        )
-    scale = spec.k_dim**-0.5 if scale is None else scale
-    k_scale, v_scale = kv.scales[layer]
-    if k_scale != 1:
-        q = q * k_scale  # first: what is stored may be so large that products with it overflow
-    out = q.new_empty(q.shape[0], q.shape[1], spec.v_dim)
+def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
+    plan, layer, q, attn_mask = step.plan, call.layer, call.q, call.attn_mask
+    scale, softcap, window = call.scale, call.softcap, call.window
+    out = q.new_empty(q.shape[0], q.shape[1], kv.spec.layers[layer].v_dim)
     starts, lens = plan.query_starts, plan.seq_lens
     tables, lens_there = step.block_tables, step.seq_lens
     one_each = plan.num_tokens == plan.batch_size
@@ -85,7 +51,7 @@ def attend(
             k, v = kv.gather_blocks(layer, tables[first:last], 0, lens_there[first:last], width)
             found = _dense(queries, k, v, scale, softcap, mask)
         out[rows] = found.transpose(1, 2).flatten(0, 1)
-    return out if v_scale == 1 else out.mul_(v_scale)
+    return out
 
 
 def _causal_mask(
@@ -118,8 +84,14 @@ def _dense(
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """q [B, Hq, n, D], k and v [B, H, S, D] -> [B, Hq, n, Dv]."""
+    found: torch.Tensor
     if k.dtype != q.dtype:
         k, v = k.to(q.dtype), v.to(q.dtype)
+    if softcap is None and q.shape[2] == 1 and (mask is None or mask.shape[1] == 1):
+        # A group's queries as rows of one product: else torch copies K and V for each of them.
+        grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+        found = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+        return found.reshape(q.shape[0], q.shape[1], 1, -1)
     if softcap is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -127,7 +99,7 @@ def _dense(
     group = q.shape[1] // k.shape[1]
     scores = q.unflatten(1, (-1, group)).flatten(2, 3) @ k.transpose(-1, -2)
     weights = _weights(scores.unflatten(2, (group, -1)).flatten(1, 2), scale, softcap, mask)
-    found: torch.Tensor = weights.unflatten(1, (-1, group)).flatten(2, 3) @ v
+    found = weights.unflatten(1, (-1, group)).flatten(2, 3) @ v
     return found.reshape(q.shape[0], q.shape[1], q.shape[2], -1)
 
 

@@ -1,0 +1,99 @@
+"""Attention on a CPU: "blockwise" beside "gather", by time and by the memory that they gather into.
+
+Both in one process, on one thread, in turns; thread CPU time, the least of several calls.
+
+    python bench/bench_attention.py [--small]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import pagedkv as pk
+
+BACKENDS = ("gather", "blockwise")
+
+
+class Case(NamedTuple):
+    """`beams` rows that share `context` tokens, or `batch` that do not, and `new` tokens each."""
+
+    context: int
+    new: int = 1
+    batch: int = 1
+    beams: int = 1
+    heads: tuple[int, int] = (32, 8)
+    dim: int = 128
+    dtype: str = "bfloat16"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        rows = f"{self.beams} beams" if self.beams > 1 else f"{self.batch} x"
+        options = "".join(f", {name} {value}" for name, value in self.options)
+        shape = f"{self.heads[0]}/{self.heads[1]} heads of {self.dim}, {self.dtype}{options}"
+        return f"{rows} {self.new} to {self.context}, {shape}"
+
+
+CASES = [Case(n, dtype=t) for t in ("float32", "bfloat16") for n in (256, 1024, 8192, 32768)]
+CASES += [Case(n, batch=8, heads=(9, 3), dim=64, dtype="float32") for n in (1024, 8192)]
+CASES += [
+    Case(8192, beams=8, dtype="float32"),
+    Case(0, 1024, dtype="float32"),
+    Case(8192, 256, dtype="float32"),
+    Case(8192, 256),
+    Case(8192, options=(("window", 1024),)),
+    Case(4096, 256, options=(("window", 1024),)),
+    Case(8192, dtype="float32", options=(("softcap", 30.0),)),
+]
+SMALL = [Case(40, 3, batch=2, heads=(4, 2), dim=16), Case(40, beams=2, heads=(4, 2), dim=16)]
+
+
+def run(case: Case, rounds: int = 4) -> dict[str, tuple[float, int]]:
+    """Per backend the seconds of a call, and the bytes that it holds to gather into."""
+    heads, dtype = case.heads, getattr(torch, case.dtype)
+    spec = pk.KVSpec(1, heads[1], case.dim, case.dtype, 16)
+    rows = case.batch * case.beams
+    num_blocks = (case.context // 16 + 2) * case.batch + (case.new // 16 + 2) * rows
+    with pk.KVCache(spec, num_device_blocks=num_blocks, max_batch=rows) as kv:
+
+        def step(ids: Any, count: int) -> pk.Step:
+            opened = kv.step(ids, counts=np.full(len(ids), count))
+            k = torch.randn(count * len(ids), heads[1], case.dim).to(dtype)
+            kv.write(0, k, k, opened)
+            return opened
+
+        ids = np.array([kv.create() for _ in range(case.batch)])
+        if case.context:
+            step(ids, case.context).commit()
+        if case.beams > 1:
+            ids = kv.fork(int(ids[0]), case.beams)
+        q = torch.randn(rows * case.new, heads[0], case.dim).to(dtype)
+        with step(ids, case.new) as opened:
+            found = {}
+            for backend in BACKENDS * rounds:
+                kv._workspaces.clear()
+                best, _ = found.get(backend, (float("inf"), 0))
+                for _ in range(3):
+                    begin = time.thread_time()
+                    kv.attention(0, q, opened, backend=backend, **dict(case.options))
+                    best = min(best, time.thread_time() - begin)
+                found[backend] = best, sum(m.nbytes for m, _ in kv._workspaces.values())
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    torch.set_num_threads(1)
+    print("| case | gather ms | blockwise ms | times as fast | gather MiB | blockwise MiB |")
+    print("|---|---|---|---|---|---|")
+    for case in SMALL if "--small" in arguments else CASES:
+        (slow, much), (fast, little) = run(case).values()
+        columns = f"{slow * 1e3:.2f} | {fast * 1e3:.2f} | {slow / fast:.2f}"
+        print(f"| {case} | {columns} | {much / 2**20:.1f} | {little / 2**20:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

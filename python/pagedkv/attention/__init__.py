@@ -1,0 +1,106 @@
+"""Attention over paged K and V, by whichever kernels are there.
+
+A backend is a module with two functions, `refusal` and `attend`: see `pagedkv.attention.call`. Each
+reads the tables that it wants of the step, which are where the tensors are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from pagedkv.attention import blockwise, flash_attn, flashinfer, flex, gather, varlen
+from pagedkv.attention.call import Backend, Call
+from pagedkv.errors import InvalidSpec
+
+if TYPE_CHECKING:
+    from pagedkv.cache import KVCache
+    from pagedkv.step import Step
+
+__all__ = ["BACKENDS", "attend"]
+
+BACKENDS: dict[str, Backend] = {
+    "gather": gather,
+    "blockwise": blockwise,
+    "flex": flex,
+    "varlen": varlen,
+    "flashinfer": flashinfer,
+    "flash_attn": flash_attn,
+}
+
+
+def attend(
+    kv: KVCache,
+    layer: int,
+    q: torch.Tensor,
+    step: Step,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    attn_mask: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Causal attention of each new token to its sequence up to itself.
+
+    Args:
+        q: queries [T, Hq, k_dim] on the cache's device, Hq a multiple of the layer's KV heads.
+        scale: of the scores, by default k_dim ** -0.5.
+        softcap: scores become softcap * tanh(scores / softcap).
+        window: a token sees itself and the window - 1 tokens before it; by default the layer's own.
+        attn_mask: bool (True: visible) or additive float, broadcastable to
+            [B, Hq, query length, max(seq_lens)], in place of the causal rule; every row of the
+            step must then have the same number of new tokens. "gather" alone takes one.
+        backend: one of BACKENDS, or "auto", the first that can of: on a GPU "flash_attn",
+            "flashinfer", "varlen", "gather"; on a CPU "blockwise" for long sequences, else
+            "gather".
+
+    Returns [T, Hq, v_dim] in q's dtype.
+
+    Raises:
+        InvalidSpec: q has another shape than [T, Hq, k_dim], an option is out of range, or the
+            backend is not installed or cannot do this: the message says which can.
+    """
+    plan, spec = step.plan, kv.spec.layers[layer]
+    if q.dim() != 3 or q.shape[0] != plan.num_tokens or q.shape[2] != spec.k_dim:
+        raise InvalidSpec(
+            f"q is {list(q.shape)}, expected [{plan.num_tokens}, query heads, {spec.k_dim}]"
+        )
+    if not q.shape[1] or q.shape[1] % spec.num_kv_heads:
+        raise InvalidSpec(
+            f"q has {q.shape[1]} heads, expected a multiple of {spec.num_kv_heads} KV heads"
+        )
+    if q.device != kv.device:
+        raise InvalidSpec(f"q is on {q.device}, expected {kv.device}")
+    if softcap is not None and not softcap > 0:
+        raise InvalidSpec(f"softcap is {softcap}, expected a number over 0, or None")
+    if window is not None and window < 1:
+        raise InvalidSpec(f"window is {window}, expected 1 token or more, or None")
+    window = spec.window if window is None else window
+    k_scale, v_scale = kv.scales[layer]
+    if k_scale != 1:
+        q = q * k_scale  # first: what is stored may be so large that products with it overflow
+    scale = spec.k_dim**-0.5 if scale is None else scale
+    call = Call(layer, q, scale, softcap, window, attn_mask)
+    out = _choose(kv, call, step, backend).attend(kv, call, step)
+    return out if v_scale == 1 else out.mul_(v_scale)
+
+
+def _choose(kv: KVCache, call: Call, step: Step, name: str) -> Backend:
+    if name == "auto":
+        on_gpu = kv.device.type == "cuda"
+        for backend in (flash_attn, flashinfer, varlen) if on_gpu else (blockwise,):
+            if backend.refusal(kv, call) is None and (
+                on_gpu or blockwise.is_faster(kv, call, step)
+            ):
+                return backend
+        return gather
+    if name not in BACKENDS:
+        names = ", ".join(f'"{known}"' for known in BACKENDS)
+        raise InvalidSpec(f'backend is {name!r}, expected "auto" or one of {names}')
+    reason = BACKENDS[name].refusal(kv, call)
+    if reason is not None:
+        able = [f'"{other}"' for other, one in BACKENDS.items() if one.refusal(kv, call) is None]
+        raise InvalidSpec(f'backend "{name}" {reason}; these can: {", ".join(able)}')
+    return BACKENDS[name]

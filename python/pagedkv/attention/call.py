@@ -1,0 +1,99 @@
+"""What a backend is asked, and what one is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from pagedkv.fp8 import is_fp8
+
+if TYPE_CHECKING:
+    from pagedkv._core import StepPlan
+    from pagedkv.cache import KVCache
+    from pagedkv.step import Step
+
+__all__ = ["Backend", "Call", "equal_counts", "installed", "kernel_refusal", "window_pair"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One layer's attention, its arguments checked.
+
+    Attributes:
+        q: queries [T, Hq, k_dim], times the layer's k_scale: products with what is stored are those
+            with the real keys. Nobody multiplies the answer by v_scale but who calls the backend.
+        scale, softcap, window, attn_mask: as in `attend`.
+    """
+
+    layer: int
+    q: torch.Tensor
+    scale: float
+    softcap: float | None
+    window: int | None
+    attn_mask: torch.Tensor | None
+
+
+class Backend(Protocol):
+    """A module that attends over blocks in its own way."""
+
+    def refusal(self, kv: KVCache, call: Call) -> str | None:
+        """Why it cannot, to be read behind its name; None if it can."""
+
+    def attend(self, kv: KVCache, call: Call, step: Step) -> torch.Tensor:
+        """[T, Hq, v_dim] in q's dtype."""
+
+
+@cache
+def installed(name: str) -> ModuleType | str:
+    """A package that nobody has to have; or why it is not there."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        return "is not installed" if missing else f"is installed, but {error}"
+
+
+def kernel_refusal(
+    kv: KVCache, call: Call, *, softcap: bool = True, fp8: bool = False
+) -> str | None:
+    """What flash kernels over blocks do not take, but for what this one says that it does."""
+    layer = kv.spec.layers[call.layer]
+    stored = kv.k(call.layer).dtype
+    if kv.device.type != "cuda":
+        return f"needs a GPU, and this cache is on {kv.device}"
+    if call.attn_mask is not None:
+        return "takes no attn_mask"
+    if call.softcap is not None and not softcap:
+        return "has no softcap"
+    if call.q.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes queries of float16 and bfloat16, and these are {call.q.dtype}"
+    if stored != call.q.dtype and not (fp8 and is_fp8(stored)):
+        return f"needs queries and keys of one dtype: {call.q.dtype}, and stored are {stored}"
+    if layer.k_dim != layer.v_dim:
+        return f"needs equal k_dim and v_dim, and the layer's are {layer.k_dim} and {layer.v_dim}"
+    if any(pool.stride(-1) != 1 for pool in (kv.k(call.layer), kv.v(call.layer))):
+        return "needs the elements of a head side by side"
+    if layer.k_dim % 8 or layer.k_dim > 256:
+        return f"needs a k_dim that is a multiple of 8 up to 256, and the layer's is {layer.k_dim}"
+    return None
+
+
+def window_pair(window: int | None) -> tuple[int, int]:
+    """How flash kernels say what a token sees: so many before it, and none behind."""
+    return (-1 if window is None else window - 1, 0)
+
+
+def equal_counts(plan: StepPlan) -> Iterator[tuple[int, int, int]]:
+    """Neighbouring rows with as many new tokens: (first row, past the last, tokens of each)."""
+    counts = (plan.query_starts[1:] - plan.query_starts[:-1]).tolist()
+    first = 0
+    for row in range(1, len(counts) + 1):
+        if row == len(counts) or counts[row] != counts[first]:
+            yield first, row, counts[first]
+            first = row

@@ -1,0 +1,87 @@
+"""FlashInfer, if it is installed: its prefill over blocks, which does decode and mixes of both.
+
+It plans on the host, once for each step and kind of layer, by lengths alone, which the host has;
+the blocks, step.csr(), stay on the device.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from pagedkv.attention.call import installed, kernel_refusal, window_pair
+
+if TYPE_CHECKING:
+    from pagedkv.attention.call import Call
+    from pagedkv.cache import KVCache
+    from pagedkv.step import Step
+
+__all__ = ["attend", "refusal"]
+
+WORKSPACE_BYTES = 128 << 20  # what its documentation recommends
+HEAD_DIMS = (64, 128, 256)
+
+
+def refusal(kv: KVCache, call: Call) -> str | None:
+    package = installed("flashinfer")
+    if isinstance(package, str):
+        return package
+    reason = kernel_refusal(kv, call, fp8=True)
+    if reason is not None:
+        return reason
+    dim = kv.spec.layers[call.layer].k_dim
+    if dim not in HEAD_DIMS:
+        return f"needs a k_dim of {', '.join(map(str, HEAD_DIMS))}, and the layer's is {dim}"
+    if kv.k(call.layer).stride() != kv.v(call.layer).stride():
+        return "needs K and V of equal strides"
+    if kv.machine.is_capturing():
+        return "plans on the host, which a graph cannot capture"
+    return None
+
+
+def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
+    key = (
+        call.q.shape[1],
+        kv.spec.layers[call.layer],
+        call.q.dtype,
+        call.scale,
+        call.softcap,
+        call.window,
+    )
+    wrapper = step.kept(("flashinfer", key), lambda: _planned(kv, call, step, key))
+    out: torch.Tensor = wrapper.run(call.q, kv.read(call.layer))
+    return out
+
+
+def _planned(kv: KVCache, call: Call, step: Step, key: object) -> Any:
+    """A wrapper that has planned this step for layers of this kind."""
+    memory, layer, size = kv.backend_memory, kv.spec.layers[call.layer], kv.spec.block_size
+    if "flashinfer" not in memory:  # one for all: its kernels run one after the other
+        memory["flashinfer"] = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=kv.device)
+    if ("flashinfer", key) not in memory:
+        package: Any = installed("flashinfer")
+        memory["flashinfer", key] = package.BatchPrefillWithPagedKVCacheWrapper(
+            memory["flashinfer"], "NHD"
+        )
+    wrapper = memory["flashinfer", key]
+    lens = torch.from_numpy(step.plan.seq_lens)
+    num_blocks = (lens + size - 1) // size
+    wrapper.plan(
+        torch.from_numpy(step.plan.query_starts).clone(),
+        F.pad(num_blocks.cumsum(0, dtype=torch.int32), (1, 0)),
+        step.csr().kv_indices,
+        lens - (num_blocks - 1) * size,
+        call.q.shape[1],
+        layer.num_kv_heads,
+        layer.k_dim,
+        size,
+        causal=True,
+        sm_scale=call.scale,
+        window_left=window_pair(call.window)[0],
+        logits_soft_cap=call.softcap,
+        q_data_type=call.q.dtype,
+        kv_data_type=kv.k(call.layer).dtype,
+    )
+    return wrapper

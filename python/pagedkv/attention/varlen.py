@@ -1,0 +1,59 @@
+"""torch's varlen_attn with block tables: step.block_tables, as they are.
+
+Its kernels over blocks are FlashAttention 3 or 4, which torch has to be told to use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from pagedkv.attention.call import kernel_refusal, window_pair
+
+if TYPE_CHECKING:
+    from pagedkv.attention.call import Call
+    from pagedkv.cache import KVCache
+    from pagedkv.step import Step
+
+__all__ = ["attend", "refusal"]
+
+
+def refusal(kv: KVCache, call: Call) -> str | None:
+    try:
+        from torch.nn.attention import current_flash_attention_impl
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+    except ImportError:
+        return (
+            f"needs torch 2.13, whose varlen_attn takes block tables: this is {torch.__version__}"
+        )
+    reason = kernel_refusal(kv, call, softcap=False)
+    if reason is None and current_flash_attention_impl() is None:
+        return (
+            "needs kernels that take block tables: "
+            'torch.nn.attention.activate_flash_attention_impl("FA3"), or "FA4"'
+        )
+    return reason
+
+
+def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    plan = step.plan
+    k, v = kv.read(call.layer)
+    out = varlen_attn(
+        call.q,
+        k,
+        v,
+        step.query_starts,
+        None,  # where keys begin, the table says
+        int((plan.query_starts[1:] - plan.query_starts[:-1]).max()),
+        int(plan.seq_lens.max()),
+        scale=call.scale,
+        window_size=window_pair(call.window),
+        enable_gqa=call.q.shape[1] != k.shape[2],
+        seqused_k=step.seq_lens,
+        block_table=step.block_tables,
+    )
+    assert isinstance(out, torch.Tensor)
+    return out
