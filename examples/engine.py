@@ -2,7 +2,7 @@
 
     python examples/engine.py                                     # random weights, no download
     python examples/engine.py --model smollm2 --device-blocks 40  # real text, under pressure
-    python examples/engine.py --model smollm2 --compare           # throughput beside transformers'
+    python examples/throughput.py --model smollm2                 # beside transformers' own ways
 
 Requests join and leave a running batch at every step (continuous batching), long prompts are
 computed in chunks beside the others' decoding, prompts that begin alike share what is computed
@@ -122,8 +122,6 @@ class Engine:
             self.schedule()
             yield from self.step()
 
-    # ---- who runs ---------------------------------------------------------------------------
-
     def schedule(self) -> None:
         """Before a step: take in what has arrived, bring back what fits, then admit."""
         self.kv.poll()  # raises the error of a transfer that failed
@@ -194,8 +192,6 @@ class Engine:
         if not all(self.kv.is_dropped(r.id) for r in request.rows):
             self.kv.resume([r.id for r in request.rows if not self.kv.is_dropped(r.id)])
         self.returning.append(request)
-
-    # ---- what a step computes ---------------------------------------------------------------
 
     def plan(self) -> list[tuple[Request, Row, list[int]]]:
         """Each row that decodes, by their lengths, then of prompts what max_tokens leaves room for.
@@ -273,8 +269,6 @@ class Engine:
         logits: torch.Tensor = self.network.lm_head(model.norm(x[last]))
         return logits
 
-    # ---- what becomes of its logits ---------------------------------------------------------
-
     def advance(self, owners: list[Request], logits: torch.Tensor) -> list[Output]:
         """Add tokens to the rows of `owners`, one entry for each row of logits."""
         outputs: list[Output] = []
@@ -309,7 +303,7 @@ class Engine:
         request.rows = [Row(id, list(row.tokens), sample) for sample, id in enumerate(ids)]
 
     def search(self, request: Request, logits: torch.Tensor) -> list[Output]:
-        """One step of beam search, by the rules of generate(); the tokens of the best at its end."""
+        """One step of beam search, by the rules of generate(): at its end the best one's tokens."""
         rows, n, vocabulary = request.rows, request.n, logits.shape[-1]
         so_far = logits.new_tensor([row.score for row in rows], dtype=torch.float32)
         scores = (torch.log_softmax(logits.float(), -1) + so_far[:, None]).flatten()
@@ -321,7 +315,7 @@ class Engine:
             if token not in request.stop and length < request.num_new:
                 going.append((score, parent, token))
             elif rank < n:
-                new = rows[parent].tokens[len(request.prompt) :] + [token]
+                new = [*rows[parent].tokens[len(request.prompt) :], token]
                 request.ended_beams.append((score / length, new))
         going = going[:n]
         ended = request.ended_beams = sorted(request.ended_beams, key=lambda e: -e[0])[:n]
@@ -341,8 +335,6 @@ class Engine:
         return []
 
 
-# ---- the example's requests, and others that run them -------------------------------------------
-
 SUBJECTS = ("cats", "bread", "ships", "storms", "the moon", "clocks", "rivers", "snow")
 FORMS = (
     "Tell me one thing about {}.",
@@ -352,46 +344,55 @@ FORMS = (
 )
 
 
-def prompts(model: DemoModel, num: int = 8) -> list[list[int]]:
-    """One for each subject and form; of random tokens where the model has no tokenizer."""
+def prompts(model: DemoModel, num: int = len(SUBJECTS)) -> list[list[int]]:
+    """One for each form and subject; of random tokens where the model has no tokenizer."""
     if model.tokenizer is None:
-        generator = torch.Generator().manual_seed(0)
+        shape, generator = (num, 40), torch.Generator().manual_seed(0)
         vocabulary = model.network.config.vocab_size
-        found: list[list[int]] = torch.randint(vocabulary, (num, 40), generator=generator).tolist()
+        found: list[list[int]] = torch.randint(vocabulary, shape, generator=generator).tolist()
         return found
     texts = [form.format(subject) for form in FORMS for subject in SUBJECTS][:num]
     if model.tokenizer.chat_template is None:
         return [model.tokenizer(text)["input_ids"] for text in texts]
-    return [
-        model.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        for text in texts
-    ]
+    talks = [[{"role": "user", "content": text}] for text in texts]
+    template = model.tokenizer.apply_chat_template
+    return [template(t, add_generation_prompt=True, return_dict=True)["input_ids"] for t in talks]
 
 
-def padded_batch(network: Any, requests: list[Request]) -> list[list[int]]:
-    """generate() on all of them at once: until the longest has ended."""
-    longest = max(len(r.prompt) for r in requests)
-    ids = torch.tensor([[0] * (longest - len(r.prompt)) + r.prompt for r in requests])
-    starts = torch.tensor([[longest - len(r.prompt)] for r in requests])
-    found = network.generate(
-        ids.to(network.device),
-        attention_mask=(torch.arange(longest) >= starts).long().to(network.device),
-        max_new_tokens=max(r.num_new for r in requests),
-        do_sample=False,
-        pad_token_id=0,
-    )[:, longest:].tolist()
-    return [new[: r.num_new] for new, r in zip(found, requests, strict=True)]
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A small inference engine over pagedkv.")
+    parser.add_argument("--model", default="tiny", help="tiny, smollm2, or a folder")
+    parser.add_argument("--mode", default="auto", choices=["auto", "swap", "recompute"])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:0")
+    parser.add_argument("--device-blocks", type=int, default=30)
+    parser.add_argument("--host-blocks", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    args = parser.parse_args()
+    model = load(args.model, Console())
+    model.network.to(args.device)
+    spec = pk.KVSpec.from_config(model.network.config, dtype=str(model.network.dtype))
+    blocks = {"num_device_blocks": args.device_blocks, "num_host_blocks": args.host_blocks}
+    requests = [Request(prompt, args.new_tokens) for prompt in prompts(model)]
+    requests[1] = Request(requests[1].prompt, args.new_tokens, n=3, temperature=0.7)
+    requests[2] = Request(requests[2].prompt, args.new_tokens, n=4, beams=True)
+    with pk.KVCache(spec, device=args.device, **blocks) as kv:
+        engine, begin = Engine(model.network, kv, args.mode), time.perf_counter()
+        engine.add(requests)
+        print("-", end=" ")
+        for request, _, token in engine.stream():
+            if request is requests[0]:  # as it comes
+                print(model.decode([token]), end="" if model.tokenizer else " ", flush=True)
+        seconds = time.perf_counter() - begin
+    print()
+    for new in [new for request in requests[1:] for new in request.outputs]:
+        print("-", " ".join(model.decode(new).split()))
+    print(
+        f"{engine.num_preemptions} preemptions, {engine.num_recomputed} tokens computed again, "
+        f"{engine.num_hits} prefix hits"
+    )
+    num_tokens = sum(len(new) for request in requests for new in request.outputs)
+    print(f"{num_tokens / seconds:.0f} tokens per second")
 
 
-def continuous_batching(network: Any, requests: list[Request]) -> list[list[int]]:
-    """transformers' own."""
-    with network.continuous_batching_context_manager() as manager:
-        ids = [manager.add_request(r.prompt, max_new_tokens=r.num_new) for r in requests]
-        done: dict[str, list[int]] = {}
-        while len(done) < len(ids):
-            result = manager.get_result(timeout=1)
-            if result is not None and result.is_finished():
-                done[result.request_id] = result.generated_tokens
-    return [done[i] for i in ids]
+if __name__ == "__main__":
+    main()

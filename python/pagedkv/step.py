@@ -7,6 +7,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from pagedkv.errors import InvalidState
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from pagedkv.cache import KVCache
 
 __all__ = ["Step"]
+
+_SHARED_PART = 4  # what a run shares is read apart if it is at least a quarter of the longest row
+_PADDING = 256  # tokens: to read so many for nothing costs about what one more call does
 
 
 class Step:
@@ -32,6 +36,8 @@ class Step:
         self._open = True
         self._views: dict[str, torch.Tensor] = {}
         self._shared_lens: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        # Of attention's, which are the same for all layers: by first row, past the last, window.
+        self.masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
 
     def _view(self, name: str) -> torch.Tensor:
         view = self._views.get(name)
@@ -42,6 +48,7 @@ class Step:
     def forget_views(self) -> None:
         """The buffers belong to another step from now on: reading raises InvalidState."""
         self._views.clear()
+        self.masks.clear()
 
     @property
     def input_ids(self) -> torch.Tensor:
@@ -87,6 +94,35 @@ class Step:
             runs.append((first, row, shared))
             first = row
         return runs
+
+    @cached_property
+    def groups(self) -> list[tuple[int, int, int]]:
+        """Neighbouring rows that attention takes together: (first, past the last, shared blocks).
+
+        Rows of one new token each: with the blocks that they share, if these are a good part of
+        them, or without, if little of what they are padded to is padding. Others go alone.
+        """
+        counts, lens = np.diff(self.plan.query_starts), self.plan.seq_lens
+        groups: list[tuple[int, int, int]] = []
+        longest = total = 0  # of the last group, if more rows may join it
+        for first, last, shared in self.shared_runs:
+            worth = _SHARED_PART * shared * self._kv.spec.block_size >= lens[first:last].max()
+            if worth and counts[first:last].max() == 1:
+                groups.append((first, last, shared))
+                total = 0
+                continue
+            for row in range(first, last):
+                length = int(lens[row])
+                begin = groups[-1][0] if total and counts[row] == 1 else row
+                together = max(longest, length) if begin < row else length
+                padding = (row + 1 - begin) * together - total - length
+                if begin < row and padding <= max(_PADDING, (total + length) // 4):
+                    groups[-1] = begin, row + 1, 0
+                    longest, total = together, total + length
+                else:
+                    groups.append((row, row + 1, 0))
+                    longest, total = length, length if counts[row] == 1 else 0
+        return groups
 
     def shared_lens(
         self, first: int, last: int, num_shared: int
