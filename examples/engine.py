@@ -238,9 +238,8 @@ class Engine:
             self.wait()
             return []
         last = step.query_starts[1:] - 1
-        whole = [
-            i for i, (_, row, _) in enumerate(work) if step.plan.seq_lens[i] == len(row.tokens)
-        ]
+        lens = step.plan.seq_lens.tolist()
+        whole = [i for i, (_, row, _) in enumerate(work) if lens[i] == len(row.tokens)]
         with step:
             logits = self.forward(step, last[whole])
         return self.advance([work[i][0] for i in whole], logits)
@@ -347,16 +346,20 @@ FORMS = (
 def prompts(model: DemoModel, num: int = len(SUBJECTS)) -> list[list[int]]:
     """One for each form and subject; of random tokens where the model has no tokenizer."""
     if model.tokenizer is None:
-        shape, generator = (num, 40), torch.Generator().manual_seed(0)
-        vocabulary = model.network.config.vocab_size
-        found: list[list[int]] = torch.randint(vocabulary, shape, generator=generator).tolist()
+        random, vocabulary = torch.Generator().manual_seed(0), model.network.config.vocab_size
+        found: list[list[int]] = torch.randint(vocabulary, (num, 40), generator=random).tolist()
         return found
     texts = [form.format(subject) for form in FORMS for subject in SUBJECTS][:num]
-    if model.tokenizer.chat_template is None:
-        return [model.tokenizer(text)["input_ids"] for text in texts]
-    talks = [[{"role": "user", "content": text}] for text in texts]
-    template = model.tokenizer.apply_chat_template
-    return [template(t, add_generation_prompt=True, return_dict=True)["input_ids"] for t in talks]
+    return [encode(model.tokenizer, text) for text in texts]
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """A user's message, as the model has learned to read it."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer(text)["input_ids"])
+    talk = [{"role": "user", "content": text}]
+    made = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=True)
+    return list(made["input_ids"])
 
 
 def main() -> None:
@@ -386,10 +389,8 @@ def main() -> None:
     print()
     for new in [new for request in requests[1:] for new in request.outputs]:
         print("-", " ".join(model.decode(new).split()))
-    print(
-        f"{engine.num_preemptions} preemptions, {engine.num_recomputed} tokens computed again, "
-        f"{engine.num_hits} prefix hits"
-    )
+    counts = engine.num_preemptions, engine.num_recomputed, engine.num_hits
+    print("{} preemptions, {} tokens computed again, {} prefix hits".format(*counts))
     num_tokens = sum(len(new) for request in requests for new in request.outputs)
     print(f"{num_tokens / seconds:.0f} tokens per second")
 
