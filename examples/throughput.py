@@ -3,14 +3,18 @@
     OMP_NUM_THREADS=2 python examples/throughput.py --model smollm2
 
 The same greedy requests go each way in turn, in several rounds; what is printed are medians, and
-how many requests got the very tokens that the engine gives them.
+how many requests got the very tokens that the engine gives them. "packed" is the same model with
+its weights as oneDNN multiplies few rows by them fastest, on a CPU; the engine gains more by that,
+since more of its steps have few rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +60,22 @@ def continuous_batching(network: Any, requests: list[Request]) -> list[list[int]
     return [done[i] for i in ids]
 
 
+def pack(network: Any) -> Any:
+    """A copy of the modules, on the same weights but for those of linear layers."""
+    weights = {id(tensor): tensor for tensor in network.parameters()}
+    packed = copy.deepcopy(network, weights)
+    for module in packed.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 32)
+            module.forward = partial(_multiply, weight, module.bias)  # type: ignore[method-assign]
+    return packed
+
+
+def _multiply(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
+
+
 def lengths(kind: str, num: int) -> list[int]:
     """New tokens of each request."""
     if kind == "even":
@@ -69,21 +89,25 @@ def compare(model: DemoModel, num_new: list[int], rounds: int) -> None:
     """One request for each of num_new, which says how many tokens it gets."""
     network, texts = model.network, prompts(model, len(num_new))
     network.generation_config.eos_token_id = None  # each request has a length of its own
-    ways = (paged, padded_batch, continuous_batching)
-    seconds: dict[str, list[float]] = {way.__name__: [] for way in ways}
+    ways = [("paged", paged, network), ("padded batch", padded_batch, network)]
+    ways += [("continuous batching", continuous_batching, network)]
+    if network.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        packed = pack(network)
+        ways += [("paged, packed", paged, packed), ("padded batch, packed", padded_batch, packed)]
+    seconds: dict[str, list[float]] = {name: [] for name, _, _ in ways}
     found = {}
     for _ in range(rounds):
-        for way in ways:
+        for name, way, model_of_it in ways:
             requests = [Request(p, n) for p, n in zip(texts, num_new, strict=True)]
             begin = time.perf_counter()
-            found[way.__name__] = way(network, requests)
-            seconds[way.__name__].append(time.perf_counter() - begin)
+            found[name] = way(model_of_it, requests)
+            seconds[name].append(time.perf_counter() - begin)
     ours = statistics.median(seconds["paged"])
     for name, times in seconds.items():
         took = statistics.median(times)
         equal = sum(a == b for a, b in zip(found[name], found["paged"], strict=True))
-        rate = f"{sum(num_new) / took:8.1f} tokens/s {took / ours:7.2f}x our time"
-        print(f"  {name:<20}{rate} {equal:4d} of {len(num_new)} equal")
+        rate = f"{sum(num_new) / took:8.1f} tokens/s {took / ours:7.2f}x the engine's time"
+        print(f"  {name:<21}{rate} {equal:4d} of {len(num_new)} equal")
 
 
 def main() -> None:
