@@ -287,3 +287,16 @@ def test_it_runs_alone(script: str) -> None:
     assert counts.endswith(" prefix hits")
     assert not counts.startswith("0 preemptions")
     assert rate.endswith(" tokens per second")
+
+
+def test_every_way_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """But for transformers' own engine, which takes long to start."""
+    import throughput
+
+    monkeypatch.setattr(throughput, "continuous_batching", throughput.padded_batch)
+    assert {8 <= n <= 256 for n in throughput.lengths("uneven", 32)} == {True}
+    model = DemoModel("tiny", tiny_llama())
+    throughput.compare(model, [30, 3, 17, 8], rounds=2)
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 5
+    assert all(row.endswith("4 of 4 equal") for row in rows)
