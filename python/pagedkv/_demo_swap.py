@@ -49,10 +49,10 @@ def _watched(run: EngineRun) -> type[Any]:
     """The engine, which also notes its steps and transfers in `run`."""
 
     class Watched(_engine.Engine):  # type: ignore[misc]
-        def forward(self, step: Any) -> torch.Tensor:
+        def forward(self, step: Any, last: torch.Tensor) -> torch.Tensor:
             numbers = [r.number for r in self.running]
             begin = time.perf_counter()
-            logits: torch.Tensor = super().forward(step)
+            logits: torch.Tensor = super().forward(step, last)
             run.steps.append((begin, time.perf_counter(), numbers))
             return logits
 
@@ -73,8 +73,8 @@ def _watched(run: EngineRun) -> type[Any]:
 
 
 def can_run(model: DemoModel) -> bool:
-    """The engine runs Llamas only."""
-    return bool(model.network.config.model_type == "llama")
+    """The engine runs models of a few kinds only."""
+    return model.network.config.model_type in _engine.MODEL_TYPES
 
 
 def run_all(model: DemoModel) -> list[EngineRun]:
@@ -98,7 +98,8 @@ def run_all(model: DemoModel) -> list[EngineRun]:
         ) as kv:
             engine = _watched(run)(model.network, kv, mode)
             begin = time.perf_counter()
-            run.tokens = engine.run(prompts, NEW_TOKENS)
+            requests = [_engine.Request(prompt, NEW_TOKENS) for prompt in prompts]
+            run.tokens = [outputs[0] for outputs in engine.run(requests)]
             run.seconds = time.perf_counter() - begin
             for transfer in kv.under_way():
                 transfer.wait()

@@ -143,7 +143,7 @@ def _show_engine(model: DemoModel, out: Path, console: Console) -> None:
     from pagedkv._demo_swap import can_run, draw_timeline, run_all
 
     if not can_run(model):
-        console.print("\nNo preemption: the engine of the demo runs Llamas only.")
+        console.print("\nNo preemption: the engine of the demo runs Llamas and Qwens only.")
         return
     with console.status("more requests than fit on the device"):
         runs = run_all(model)

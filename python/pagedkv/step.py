@@ -7,6 +7,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from pagedkv.errors import InvalidSpec, InvalidState
@@ -35,6 +36,10 @@ class Csr(NamedTuple):
     kv_last_page_len: torch.Tensor
 
 
+_SHARED_PART = 4  # what a run shares is read apart if it is at least a quarter of the longest row
+_PADDING = 256  # tokens: to read so many for nothing costs about what one more call does
+
+
 class Step:
     """Views of the cache's persistent buffers, valid until the next step; InvalidState after that.
 
@@ -59,7 +64,6 @@ class Step:
         self._stale = False
         self._views: dict[str, torch.Tensor] = {}
         self._kept: dict[Hashable, Any] = {}
-        self._shared_lens: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _view(self, name: str) -> torch.Tensor:
         view = self._views.get(name)
@@ -148,6 +152,35 @@ class Step:
             first = row
         return runs
 
+    @cached_property
+    def groups(self) -> list[tuple[int, int, int]]:
+        """Neighbouring rows that attention takes together: (first, past the last, shared blocks).
+
+        Rows of one new token each: with the blocks that they share, if these are a good part of
+        them, or without, if little of what they are padded to is padding. Others go alone.
+        """
+        counts, lens = np.diff(self.plan.query_starts), self.plan.seq_lens
+        groups: list[tuple[int, int, int]] = []
+        longest = total = 0  # of the last group, if more rows may join it
+        for first, last, shared in self.shared_runs:
+            worth = _SHARED_PART * shared * self._kv.spec.block_size >= lens[first:last].max()
+            if worth and counts[first:last].max() == 1:
+                groups.append((first, last, shared))
+                total = 0
+                continue
+            for row in range(first, last):
+                length = int(lens[row])
+                begin = groups[-1][0] if total and counts[row] == 1 else row
+                together = max(longest, length) if begin < row else length
+                padding = (row + 1 - begin) * together - total - length
+                if begin < row and padding <= max(_PADDING, (total + length) // 4):
+                    groups[-1] = begin, row + 1, 0
+                    longest, total = together, total + length
+                else:
+                    groups.append((row, row + 1, 0))
+                    longest, total = length, length if counts[row] == 1 else 0
+        return groups
+
     def shared_lens(
         self, first: int, last: int, num_shared: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,12 +188,11 @@ class Step:
 
         On the cache's device, made there, once for all layers.
         """
-        found = self._shared_lens.get((first, last))
-        if found is None:
-            lens = self.seq_lens[first:last]
-            found = lens.new_full((1,), num_shared), lens - num_shared
-            self._shared_lens[first, last] = found
-        return found
+        lens = self.seq_lens[first:last]
+        return self.kept(
+            ("lengths of a shared run", first, last),
+            lambda: (lens.new_full((1,), num_shared), lens - num_shared),
+        )
 
     @property
     def is_open(self) -> bool:

@@ -3,7 +3,8 @@
 Rows of a batch that begin with the same blocks (beams, samples) read them once for all: their
 queries attend to the shared run together, each row to its own tail apart, and one softmax runs
 over both. The idea is that of Juravsky et al., "Hydragen: High-Throughput LLM Inference with Shared
-Prefixes" (2024), with the scores joined before the softmax instead of the outputs after it.
+Prefixes" (2024), with the scores joined before the softmax instead of the outputs after it. Other
+rows of one new token go together if their lengths are near each other; see `Step.groups`.
 """
 
 from __future__ import annotations
@@ -32,19 +33,16 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
     out = q.new_empty(q.shape[0], q.shape[1], kv.spec.layers[layer].v_dim)
     starts, lens = plan.query_starts, plan.seq_lens
     tables, lens_there = step.block_tables, step.seq_lens
-    one_each = plan.num_tokens == plan.batch_size
-    runs = step.shared_runs if one_each else [(b, b + 1, 0) for b in range(plan.batch_size)]
-    for first, last, shared in runs:
+    for first, last, shared in step.groups:
         rows = slice(int(starts[first]), int(starts[last]))
         mask = None
         if attn_mask is not None:
             part = attn_mask[first:last] if attn_mask.shape[0] > 1 else attn_mask
             mask = part[..., : int(lens[first:last].max())]
         else:
-            num_new = int(starts[first + 1] - starts[first])
-            mask = _causal_mask(lens[first:last], lens_there[first:last], num_new, window)
+            mask = _mask_of_step(step, first, last, window)
         queries = q[rows].unflatten(0, (last - first, -1)).transpose(1, 2)
-        if shared and last - first > 1:
+        if shared:
             found = _shared(kv, layer, queries, step, first, last, shared, scale, softcap, mask)
         else:
             width = int(lens[first:last].max())
@@ -52,6 +50,21 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
             found = _dense(queries, k, v, scale, softcap, mask)
         out[rows] = found.transpose(1, 2).flatten(0, 1)
     return out
+
+
+def _mask_of_step(step: Step, first: int, last: int, window: int | None) -> torch.Tensor | None:
+    """The causal mask of these rows, which is the same for all layers with this window."""
+    plan = step.plan
+    starts, lens, lens_there = (
+        plan.query_starts,
+        plan.seq_lens[first:last],
+        step.seq_lens[first:last],
+    )
+    num_new = int(starts[first + 1] - starts[first])
+    return step.kept(
+        ("causal mask", first, last, window),
+        lambda: _causal_mask(lens, lens_there, num_new, window),
+    )
 
 
 def _causal_mask(
