@@ -52,6 +52,9 @@ class Machine:
     device = torch.device("cpu")
     needs_order = False
 
+    def __init__(self) -> None:
+        self._padded: dict[tuple[str, int], torch.Tensor] = {}
+
     def transfer_device(self, has_host_tier: bool) -> Device:
         """What copies between the tiers."""
         return HostDevice()
@@ -99,6 +102,24 @@ class Machine:
         """An array of the open step's plan, on `device`."""
         return torch.from_numpy(getattr(plan, name))
 
+    def padded_tensor(self, plan: StepPlan, name: str, num_rows: int) -> torch.Tensor:
+        """An array of the open step's plan, one token each, with rows of zeros up to `num_rows`.
+
+        At the same address for all steps. Block tables are as wide as they can get.
+        """
+        host = getattr(plan, name)
+        tables = plan.block_tables
+        shape = (num_rows, tables.strides[0] // tables.itemsize) if name == "block_tables" else (
+            num_rows,)  # fmt: skip
+        dtype = torch.int32 if name in ("block_tables", "seq_lens") else torch.int64
+        key = name, num_rows
+        if key not in self._padded:
+            self._padded[key] = torch.zeros(shape, dtype=dtype)
+        found = self._padded[key].zero_()
+        if host is not None and host.size:
+            found[tuple(slice(n) for n in host.shape)] = torch.from_numpy(host)
+        return found
+
     def free_bytes(self) -> int:
         """Device memory that is free. Raises InvalidSpec where that is nobody's to say."""
         raise InvalidSpec(
@@ -112,6 +133,7 @@ class GivenMachine(Machine):
     needs_order = True
 
     def __init__(self, device: Device) -> None:
+        super().__init__()
         self._device = device
 
     def transfer_device(self, has_host_tier: bool) -> Device:
@@ -136,6 +158,7 @@ class CudaMachine(Machine):
     needs_order = True
 
     def __init__(self, gpu: CudaDevice, device: torch.device, measures: bool = False) -> None:
+        super().__init__()
         self.device = device
         self._measures = measures  # how to copy, if there is a tier to copy to
         self._gpu = gpu
@@ -221,6 +244,19 @@ class CudaMachine(Machine):
             return torch.empty(host.shape, dtype=dtype, device=self.device)
         return memory[: span * dtype.itemsize].view(dtype).as_strided(host.shape, stride)
 
+    def padded_tensor(self, plan: StepPlan, name: str, num_rows: int) -> torch.Tensor:
+        address = self._pool.address(name)
+        if address is None:  # ids that nobody gave
+            return self._padded.setdefault(
+                (name, num_rows), torch.zeros(num_rows, dtype=torch.int64, device=self.device)
+            )
+        memory = self._step_memory[address - self._step_memory.data_ptr() :]
+        if name == "block_tables":
+            cells = memory[: 4 * num_rows * self._table_stride].view(torch.int32)
+            return cells.view(num_rows, self._table_stride)
+        dtype = torch.int32 if name == "seq_lens" else torch.int64
+        return memory[: num_rows * dtype.itemsize].view(dtype)
+
     def _upload(self, host: np.ndarray[Any, Any]) -> torch.Tensor:
         tensor = torch.from_numpy(host)
         if self.device.type == "cuda":  # from pinned memory, since other copies wait for the stream
@@ -258,6 +294,10 @@ class SimulatedCudaMachine(CudaMachine):
     def step_tensor(self, plan: StepPlan, name: str) -> torch.Tensor:
         self.land()
         return super().step_tensor(plan, name)
+
+    def padded_tensor(self, plan: StepPlan, name: str, num_rows: int) -> torch.Tensor:
+        self.land()
+        return super().padded_tensor(plan, name, num_rows)
 
 
 def _address(tensor: torch.Tensor) -> tuple[int, int]:

@@ -47,7 +47,7 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
         else:
             width = int(lens[first:last].max())
             k, v = kv.gather_blocks(layer, tables[first:last], 0, lens_there[first:last], width)
-            found = _dense(queries, k, v, scale, softcap, mask)
+            found = dense(queries, k, v, scale, softcap, mask)
         out[rows] = found.transpose(1, 2).flatten(0, 1)
     return out
 
@@ -88,7 +88,7 @@ def _causal_mask(
     return visible[:, None]
 
 
-def _dense(
+def dense(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

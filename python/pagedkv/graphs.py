@@ -1,0 +1,153 @@
+"""Decode steps in CUDA graphs: captured once, replayed while sequences grow, fork and move.
+
+    decode = DecodeGraph(kv, model, num_rows=64, width=4096)
+    with kv.step(ids, tokens) as step:
+        logits = decode(step)
+
+`model` gets a `Padded` step: tensors of fixed shapes at fixed addresses, which hold each step's
+arrays, and behind its rows padding that does nothing. On a CPU, where there are no graphs, it is
+called each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from pagedkv import ops
+from pagedkv.attention.gather import dense
+from pagedkv.errors import InvalidSpec, InvalidState
+
+if TYPE_CHECKING:
+    from pagedkv.cache import KVCache
+    from pagedkv.step import Step
+
+__all__ = ["DecodeGraph", "Padded"]
+
+
+class Padded(NamedTuple):
+    """A step of one token for each sequence, padded to n rows: slot 0, no length, block 0.
+
+    Attributes:
+        kv: the cache.
+        width: tokens that attention looks at, of which each row has seq_lens.
+        input_ids: int64 [n]; 0 if the step was opened without tokens.
+        slots, positions: int64 [n].
+        seq_lens: int32 [n].
+        block_tables: int32 [n, W], W the same in every step.
+    """
+
+    kv: KVCache
+    width: int
+    input_ids: torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor
+    seq_lens: torch.Tensor
+    block_tables: torch.Tensor
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Scatter a layer's keys [n, H, k_dim] and values [n, H, v_dim], of the pool's type."""
+        ops.write(self.kv.k(layer), self.kv.v(layer), k, v, self.slots)
+
+    def attention(
+        self, layer: int, q: torch.Tensor, *, scale: float | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Each row's query [n, Hq, k_dim] over its tokens, [n, Hq, v_dim]; rows of padding are 0.
+
+        Sliding layers see their window. What is stored in 8 bits has no scales here.
+        """
+        spec = self.kv.spec.layers[layer]
+        k, v = ops.gather(
+            self.kv.k(layer), self.kv.v(layer), self.block_tables, self.seq_lens, self.width
+        )
+        places, lens = torch.arange(self.width, device=q.device), self.seq_lens[:, None]
+        visible = places < lens
+        if spec.window is not None:
+            visible &= places >= lens - spec.window
+        empty = lens == 0  # which would see nothing: a softmax over that is NaN
+        mask = (visible | empty)[:, None, None]
+        scale = spec.k_dim**-0.5 if scale is None else scale
+        found = dense(q[:, :, None], k, v, scale, softcap, mask)
+        return found.squeeze(2).masked_fill(empty[..., None], 0)
+
+
+class DecodeGraph:
+    """A model's decode step for up to `num_rows` sequences of up to `width` tokens.
+
+    Args:
+        kv: whose steps it is called with.
+        model: is given a Padded, and returns a tensor [num_rows, ...]. Of what changes it reads
+            that alone, and it writes every layer.
+        num_rows: at most max_batch.
+        width: tokens, at most max_model_len.
+
+    The first call runs the model, and on a GPU captures it; later ones replay that.
+
+    Raises:
+        InvalidSpec: num_rows or width is out of range.
+    """
+
+    def __init__(
+        self, kv: KVCache, model: Callable[[Padded], torch.Tensor], *, num_rows: int, width: int
+    ) -> None:
+        for name, value, most in (
+            ("num_rows", num_rows, kv.manager.max_batch),
+            ("width", width, kv.manager.max_model_len),
+        ):
+            if not 1 <= value <= most:
+                raise InvalidSpec(f"{name} is {value}, expected 1 to {most}")
+        self._kv, self._model = kv, model
+        self._num_rows, self._width = num_rows, width
+        self._pool_at = self._pools()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._output: torch.Tensor | None = None
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        """The model's output for this step's rows, [B, ...]; on a GPU the next call overwrites it.
+
+        Raises:
+            InvalidState: `step` is not open, or the cache was closed, or its tensors have moved
+                since the graph was made.
+            InvalidSpec: the step is not one token for each of at most num_rows sequences, or one
+                of them is longer than width.
+        """
+        padded = self._padded(step)
+        batch = step.plan.batch_size
+        if padded.slots.is_cuda and self._graph is None:
+            with torch.cuda.device(padded.slots.device):
+                self._model(padded)  # what is made when it is first used cannot be captured
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph):
+                    self._output = self._model(padded)
+        if self._graph is None:
+            return self._model(padded)[:batch]
+        assert self._output is not None
+        self._kv._follow()
+        self._graph.replay()
+        return self._output[:batch]
+
+    def _pools(self) -> list[int]:
+        layers = range(self._kv.spec.num_layers)
+        return [t.data_ptr() for i in layers for t in (self._kv.k(i), self._kv.v(i))]
+
+    def _padded(self, step: Step) -> Padded:
+        if not step.is_open or self._pools() != self._pool_at:
+            raise InvalidState(
+                "the step is not open, or the cache's tensors have moved since this graph was "
+                "made: make another"
+            )
+        plan = step.plan
+        if plan.num_tokens != plan.batch_size or plan.batch_size > self._num_rows:
+            raise InvalidSpec(
+                f"the step has {plan.num_tokens} tokens of {plan.batch_size} sequences, expected "
+                f"one each of at most {self._num_rows}"
+            )
+        longest = int(plan.seq_lens.max()) if plan.batch_size else 0
+        if longest > self._width:
+            raise InvalidSpec(f"a sequence has {longest} tokens, expected at most {self._width}")
+        names = Padded._fields[2:]
+        arrays = (self._kv.machine.padded_tensor(plan, name, self._num_rows) for name in names)
+        return Padded(self._kv, self._width, *arrays)

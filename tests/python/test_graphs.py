@@ -1,0 +1,162 @@
+"""Padded decode steps: what a captured graph is replayed on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import pagedkv as pk  # noqa: E402
+from pagedkv.graphs import DecodeGraph, Padded  # noqa: E402
+from pagedkv.testing import CudaDevice, SimulatedCuda  # noqa: E402
+
+H, D, VOCAB = 2, 8, 50
+DEVICES = ["cpu", "simulated", pytest.param("cuda:0", marks=pytest.mark.gpu)]
+
+
+class Model:
+    """Two layers of attention over embeddings; reads what `write` and `attention` it is given."""
+
+    def __init__(self, device: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.ids, self.places = (
+            torch.randn(n, H * D, generator=generator).to(device) for n in (VOCAB, 200)
+        )
+        self.out = torch.randn(2, H * D, H * D, generator=generator).to(device) / 4
+
+    def __call__(self, ids: Any, positions: Any, write: Any, attention: Any) -> Any:
+        x = self.ids[ids] + self.places[positions]
+        for layer in (0, 1):
+            q = x.unflatten(1, (H, D))
+            write(layer, q * 2, q + layer)
+            x = x + attention(layer, q).flatten(1) @ self.out[layer]
+        return x
+
+    def padded(self, step: Padded) -> Any:
+        return self(step.input_ids, step.positions, step.write, step.attention)
+
+    def plain(self, kv: pk.KVCache, step: Any) -> Any:
+        return self(
+            step.input_ids, step.positions,
+            lambda layer, k, v: kv.write(layer, k, v, step),
+            lambda layer, q: kv.attention(layer, q, step),
+        )  # fmt: skip
+
+
+def cache(device: str, **options: Any) -> pk.KVCache:
+    spec = pk.KVSpec(2, H, D, "float32", 4)
+    there: Any = CudaDevice(SimulatedCuda(1, schedule="eager")) if device == "simulated" else device
+    options = {"num_device_blocks": 80, "max_batch": 8, "max_model_len": 64} | options
+    return pk.KVCache(spec, device=there, **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_graph_serves_growing_forked_reordered_and_swapped_sequences(device: str) -> None:
+    random = np.random.default_rng(0)
+    with cache(device, num_host_blocks=40) as kv, cache("cpu") as twin:
+        model, there = Model(kv.device), Model("cpu")
+        graph = DecodeGraph(kv, model.padded, num_rows=8, width=64)
+        addresses = set()
+
+        def step(ids: Any, others: Any, tokens: Any, counts: Any = None) -> None:
+            with kv.step(ids, tokens, counts) as one, twin.step(others, tokens, counts) as other:
+                expected = there.plain(twin, other)
+                found = model.plain(kv, one) if counts is not None else graph(one)
+                if counts is None:
+                    padded = graph._padded(one)
+                    addresses.add(tuple(t.data_ptr() for t in padded[2:]))
+                    assert not padded.seq_lens[len(ids) :].any()
+                    assert not padded.slots[len(ids) :].any()
+                torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+        prompt = random.integers(0, VOCAB, 6)
+        a, b = (np.array([k.create(), k.create()]) for k in (kv, twin))
+        step(a, b, np.concatenate([prompt[:4], prompt]), [4, 6])
+        for _ in range(5):  # growing
+            step(a, b, random.integers(0, VOCAB, 2))
+        a, b = (np.concatenate([k.fork(x[0], 3), x[1:]]) for k, x in ((kv, a), (twin, b)))
+        for n in range(6):  # forked, reordered
+            step(a, b, random.integers(0, VOCAB, 4))
+            parents = np.array([n % 3, 0, 2])
+            kv.reorder(a[:3], parents)
+            twin.reorder(b[:3], parents)
+        kv.swap_out(a[1:2]).wait()
+        step(np.delete(a, 1), np.delete(b, 1), random.integers(0, VOCAB, 3))  # fewer rows
+        kv.swap_in(a[1:2]).wait()
+        step(a[::-1].copy(), b[::-1].copy(), random.integers(0, VOCAB, 4))
+        assert len(addresses) == 1
+
+
+def test_padding_attends_to_nothing_and_writes_to_the_padding_block() -> None:
+    with cache("cpu") as kv:
+        model = Model("cpu")
+        graph = DecodeGraph(kv, lambda p: seen.append(p) or model.padded(p), num_rows=8, width=32)
+        seen: list[Padded] = []
+        bits = kv.k(0)[1:].view(torch.int32)  # of memory that nobody has written
+        before = bits.clone()
+        with kv.step([kv.create()], [3]) as step:
+            found = graph(step)
+            slot = int(step.slots[0])
+        assert found.shape == (1, H * D)
+        changed = (bits != before).any(-1).any(-1).flatten()
+        assert changed.nonzero().flatten().tolist() == [slot - 4]
+        rows = seen[0].attention(0, torch.ones(8, H, D))
+        assert not rows[1:].any()
+        assert rows[0].any()
+
+
+def test_windows_and_softcap() -> None:
+    torch.manual_seed(0)
+    layers = [pk.LayerSpec("sliding", H, D, D, "float32", window=3)]
+    kv = pk.KVCache(pk.KVSpec(layers=layers, block_size=4), num_device_blocks=20, max_batch=4)
+    outputs: list[Any] = []
+
+    def attend(p: Padded) -> Any:
+        p.write(0, q, q * 2)
+        return p.attention(0, q, softcap=2.0, scale=0.5)
+
+    graph = DecodeGraph(kv, attend, num_rows=4, width=16)
+    a = kv.create()
+    with kv.step([a], counts=[9]) as step:
+        k = torch.randn(9, H, D)
+        kv.write(0, k, k * 2, step)
+    with kv.step([a]) as step:
+        q = torch.randn(4, H, D)
+        outputs.append(graph(step))
+        expected = kv.attention(0, q[:1], step, softcap=2.0, scale=0.5, backend="gather")
+    torch.testing.assert_close(outputs[0], expected)
+
+
+def test_what_a_graph_was_not_made_for_is_refused() -> None:
+    kv = cache("cpu")
+    model = Model("cpu")
+    for options in ({"num_rows": 9, "width": 8}, {"num_rows": 0, "width": 8},
+                    {"num_rows": 2, "width": 65}):  # fmt: skip
+        with pytest.raises(pk.InvalidSpec, match="expected 1 to"):
+            DecodeGraph(kv, model.padded, **options)
+    graph = DecodeGraph(kv, model.padded, num_rows=2, width=8)
+    ids = [kv.create() for _ in range(3)]
+    with kv.step(ids[:1], [1, 2], [2]) as step, pytest.raises(pk.InvalidSpec, match="one each"):
+        graph(step)
+    with kv.step(ids, [1, 2, 3]) as step, pytest.raises(pk.InvalidSpec, match="one each"):
+        graph(step)
+    with kv.step(ids[:1], [0] * 6, [6]) as step:
+        model.plain(kv, step)
+    with kv.step(ids[:1], [1]) as step, pytest.raises(pk.InvalidSpec, match="at most 8"):
+        graph(step)
+    with pytest.raises(pk.InvalidState, match="not open"):
+        graph(step)
+    kv.close()
+    with pytest.raises(pk.InvalidState, match=r"closed|not open"):
+        graph(step)
+
+
+def test_tensors_that_have_moved_are_noticed() -> None:
+    kv = cache("cpu")
+    graph = DecodeGraph(kv, Model("cpu").padded, num_rows=2, width=8)
+    kv._layers = tuple((k.clone(), v.clone()) for k, v in kv._layers)
+    with kv.step([kv.create()], [1]) as step, pytest.raises(pk.InvalidState, match="moved"):
+        graph(step)
