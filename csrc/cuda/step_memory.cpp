@@ -154,7 +154,8 @@ std::size_t StepMemory::place_arrays(const StepPlan& plan) {
     const auto tokens = static_cast<std::size_t>(plan.num_tokens);
     put(Array::slots, plan.slots, tokens, at.slots);
     put(Array::positions, plan.positions, tokens, at.positions);
-    if (plan.has_tokens) put(Array::input_ids, plan.input_ids, tokens, at.input_ids);
+    // Zeros where nobody gave any: a captured graph reads the same address.
+    put(Array::input_ids, plan.input_ids, plan.has_tokens ? tokens : 0, at.input_ids);
   }
   const std::size_t cells = batch * static_cast<std::size_t>(plan.table_stride);
   place(Array::block_tables, plan.block_tables, tables(), cells * sizeof(BlockId));

@@ -126,6 +126,7 @@ class KVCache(Steps):
         self._layers = memory.layers
         self._stored = [Stored(k, v) for k, v in memory.layers]
         self._in_rows = memory.in_rows
+        machine.see(manager)
         self._pool = machine.make_pool(memory, manager)
         engine = None
         if num_host_blocks or machine.needs_order:
@@ -260,6 +261,10 @@ class KVCache(Steps):
     def v(self, layer: int) -> torch.Tensor:
         """The layer's values, a view [N, P, H, v_dim]."""
         return self._pools(layer)[1]
+
+    def pools(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """k(layer) and v(layer) of all layers."""
+        return self._layers
 
     def _pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self._closed:

@@ -28,11 +28,12 @@ __all__ = ["DecodeGraph", "Padded"]
 
 
 class Padded(NamedTuple):
-    """A step of one token for each sequence, padded to n rows: slot 0, no length, block 0.
+    """A step of one token for each sequence, padded to n rows of slot 0 and no length.
 
     Attributes:
         kv: the cache.
-        width: tokens that attention looks at, of which each row has seq_lens.
+        width: tokens that attention looks at, of which each row has seq_lens. It costs what so many
+            tokens of n rows cost, however few there are.
         input_ids: int64 [n]; 0 if the step was opened without tokens.
         slots, positions: int64 [n].
         seq_lens: int32 [n].
@@ -57,7 +58,7 @@ class Padded(NamedTuple):
     ) -> torch.Tensor:  # fmt: skip
         """Each row's query [n, Hq, k_dim] over its tokens, [n, Hq, v_dim]; rows of padding are 0.
 
-        Sliding layers see their window. What is stored in 8 bits has no scales here.
+        Sliding layers see their window.
         """
         spec = self.kv.spec.layers[layer]
         k, v = ops.gather(
@@ -84,10 +85,11 @@ class DecodeGraph:
         num_rows: at most max_batch.
         width: tokens, at most max_model_len.
 
-    The first call runs the model, and on a GPU captures it; later ones replay that.
+    On a GPU the first call runs the model, captures it and replays that, as later ones do. No call
+    keeps gradients.
 
     Raises:
-        InvalidSpec: num_rows or width is out of range.
+        InvalidSpec: num_rows or width is out of range, or the cache has scales.
     """
 
     def __init__(
@@ -99,45 +101,53 @@ class DecodeGraph:
         ):
             if not 1 <= value <= most:
                 raise InvalidSpec(f"{name} is {value}, expected 1 to {most}")
+        if any(scales != (1.0, 1.0) for scales in kv.scales):
+            raise InvalidSpec("the cache has scales, which a graph does not apply: expected none")
         self._kv, self._model = kv, model
         self._num_rows, self._width = num_rows, width
         self._pool_at = self._pools()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: torch.Tensor | None = None
 
+    @torch.no_grad()
     def __call__(self, step: Step) -> torch.Tensor:
         """The model's output for this step's rows, [B, ...]; on a GPU the next call overwrites it.
 
         Raises:
-            InvalidState: `step` is not open, or the cache was closed, or its tensors have moved
-                since the graph was made.
+            InvalidState: `step` is not open in this cache, or the cache's tensors have moved since
+                the graph was made.
             InvalidSpec: the step is not one token for each of at most num_rows sequences, or one
                 of them is longer than width.
         """
-        padded = self._padded(step)
-        batch = step.plan.batch_size
-        if padded.slots.is_cuda and self._graph is None:
-            with torch.cuda.device(padded.slots.device):
-                self._model(padded)  # what is made when it is first used cannot be captured
-                self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph):
-                    self._output = self._model(padded)
-        if self._graph is None:
-            return self._model(padded)[:batch]
-        assert self._output is not None
+        self._check(step)
         self._kv._follow()
+        batch = step.plan.batch_size
+        if self._kv.device.type != "cuda":
+            return self._model(self._padded(step))[:batch]
+        if self._graph is None:
+            self._capture(self._padded(step))
+        assert self._graph is not None
+        assert self._output is not None
         self._graph.replay()
         return self._output[:batch]
 
-    def _pools(self) -> list[int]:
-        layers = range(self._kv.spec.num_layers)
-        return [t.data_ptr() for i in layers for t in (self._kv.k(i), self._kv.v(i))]
+    def _capture(self, padded: Padded) -> None:
+        """Runs the model once, since what is made when it is first used cannot be captured."""
+        with torch.cuda.device(self._kv.device):
+            self._model(padded)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(self._kv.device)):
+                output = self._model(padded)
+        self._graph, self._output = graph, output
 
-    def _padded(self, step: Step) -> Padded:
-        if not step.is_open or self._pools() != self._pool_at:
+    def _pools(self) -> list[int]:
+        return [t.data_ptr() for layer in self._kv.pools() for t in layer]
+
+    def _check(self, step: Step) -> None:
+        self._kv._require(step)
+        if self._pools() != self._pool_at:
             raise InvalidState(
-                "the step is not open, or the cache's tensors have moved since this graph was "
-                "made: make another"
+                "the cache's tensors have moved since this graph was made: make another"
             )
         plan = step.plan
         if plan.num_tokens != plan.batch_size or plan.batch_size > self._num_rows:
@@ -148,6 +158,11 @@ class DecodeGraph:
         longest = int(plan.seq_lens.max()) if plan.batch_size else 0
         if longest > self._width:
             raise InvalidSpec(f"a sequence has {longest} tokens, expected at most {self._width}")
-        names = Padded._fields[2:]
-        arrays = (self._kv.machine.padded_tensor(plan, name, self._num_rows) for name in names)
+
+    def _padded(self, step: Step) -> Padded:
+        """Of this step; at the same addresses of every other."""
+        arrays = (
+            self._kv.machine.padded_tensor(step.plan, name, self._num_rows)
+            for name in Padded._fields[2:]
+        )
         return Padded(self._kv, self._width, *arrays)

@@ -54,6 +54,11 @@ class Machine:
 
     def __init__(self) -> None:
         self._padded: dict[tuple[str, int], torch.Tensor] = {}
+        self._table_stride = 0
+
+    def see(self, manager: BlockManager) -> None:
+        """Before a pool is made: how wide block tables can get."""
+        self._table_stride = -(-manager.max_model_len // manager.block_size)
 
     def transfer_device(self, has_host_tier: bool) -> Device:
         """What copies between the tiers."""
@@ -108,9 +113,7 @@ class Machine:
         At the same address for all steps. Block tables are as wide as they can get.
         """
         host = getattr(plan, name)
-        tables = plan.block_tables
-        shape = (num_rows, tables.strides[0] // tables.itemsize) if name == "block_tables" else (
-            num_rows,)  # fmt: skip
+        shape = (num_rows, self._table_stride) if name == "block_tables" else (num_rows,)
         dtype = torch.int32 if name in ("block_tables", "seq_lens") else torch.int64
         key = name, num_rows
         if key not in self._padded:
@@ -171,8 +174,7 @@ class CudaMachine(Machine):
 
     def make_pool(self, memory: DevicePool, manager: BlockManager) -> Pool:
         self.follow()
-        self._table_stride = -(-manager.max_model_len // manager.block_size)
-        shape = manager.max_batch, MAX_STEP_TOKENS, self._table_stride
+        shape = manager.max_batch, max(MAX_STEP_TOKENS, manager.max_batch), self._table_stride
         num_bytes = CudaPool.step_bytes(*shape)
         try:
             self._step_memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
@@ -246,10 +248,7 @@ class CudaMachine(Machine):
 
     def padded_tensor(self, plan: StepPlan, name: str, num_rows: int) -> torch.Tensor:
         address = self._pool.address(name)
-        if address is None:  # ids that nobody gave
-            return self._padded.setdefault(
-                (name, num_rows), torch.zeros(num_rows, dtype=torch.int64, device=self.device)
-            )
+        assert address is not None, "there is room for a token of each sequence"
         memory = self._step_memory[address - self._step_memory.data_ptr() :]
         if name == "block_tables":
             cells = memory[: 4 * num_rows * self._table_stride].view(torch.int32)

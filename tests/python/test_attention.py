@@ -262,3 +262,29 @@ def test_queries_of_no_heads_or_from_elsewhere_are_refused() -> None:
             w.kv.attention(0, torch.zeros(2, 0, 16), step)
         with pytest.raises(InvalidSpec, match="q is on meta, expected cpu"):
             w.kv.attention(0, torch.zeros(2, 4, 16, device="meta"), step)
+
+
+@pytest.mark.parametrize("floating", [False, True])
+def test_a_mask_for_all_rows_shows_none_what_is_behind_its_end(floating: bool) -> None:
+    """Rows of near lengths are read together, which must not be seen in any of them."""
+    torch.manual_seed(0)
+    kv = pk.KVCache(pk.KVSpec(1, 2, 8, "float32", 4), num_device_blocks=20)
+    ids = [kv.create(), kv.create()]
+    with kv.step(ids, counts=[5, 9]) as step:
+        k = torch.randn(14, 2, 8)
+        kv.write(0, k, -k, step)
+    bias = torch.randn(1, 1, 1, 10)
+    mask = bias if floating else bias > -1
+    with kv.step(ids) as step:
+        k, q = torch.randn(2, 2, 8), torch.randn(2, 2, 8)
+        kv.write(0, k, -k, step)
+        together = kv.attention(0, q, step, attn_mask=mask)
+        flat = kv.attention(0, q, step, attn_mask=mask[0, 0])  # [1, 10], broadcast like any
+        step.rollback()
+    for row, length in ((0, 6), (1, 10)):
+        with kv.step(ids[row : row + 1]) as step:
+            kv.write(0, k[row : row + 1], -k[row : row + 1], step)
+            alone = kv.attention(0, q[row : row + 1], step, attn_mask=mask[..., :length])
+            step.rollback()
+        torch.testing.assert_close(together[row], alone[0])
+        torch.testing.assert_close(flat[row], alone[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -54,7 +56,8 @@ def cache(device: str, **options: Any) -> pk.KVCache:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_one_graph_serves_growing_forked_reordered_and_swapped_sequences(device: str) -> None:
+def test_hazard_23_a_replayed_graph_reads_old_tables(device: str) -> None:
+    """One graph serves growing, forked, reordered and swapped sequences."""
     random = np.random.default_rng(0)
     with cache(device, num_host_blocks=40) as kv, cache("cpu") as twin:
         model, there = Model(kv.device), Model("cpu")
@@ -149,6 +152,11 @@ def test_what_a_graph_was_not_made_for_is_refused() -> None:
         graph(step)
     with pytest.raises(pk.InvalidState, match="not open"):
         graph(step)
+    with cache("cpu") as other, other.step([other.create()], [1]) as its:
+        before = kv.k(0).view(torch.int32).clone()
+        with pytest.raises(pk.InvalidState, match="another cache"):
+            graph(its)
+        assert torch.equal(kv.k(0).view(torch.int32), before)
     kv.close()
     with pytest.raises(pk.InvalidState, match=r"closed|not open"):
         graph(step)
@@ -160,3 +168,92 @@ def test_tensors_that_have_moved_are_noticed() -> None:
     kv._layers = tuple((k.clone(), v.clone()) for k, v in kv._layers)
     with kv.step([kv.create()], [1]) as step, pytest.raises(pk.InvalidState, match="moved"):
         graph(step)
+
+
+def test_scales_are_refused() -> None:
+    spec = pk.KVSpec(1, H, D, "float8_e4m3fn", 4)
+    with (
+        pk.KVCache(spec, num_device_blocks=4, scales=[(0.5, 1.0)]) as kv,
+        pytest.raises(pk.InvalidSpec, match="scales"),
+    ):
+        DecodeGraph(kv, Model("cpu").padded, num_rows=1, width=4)
+
+
+@pytest.mark.parametrize("with_tokens", [True, False])
+def test_addresses_are_the_same_with_tokens_and_without(with_tokens: bool) -> None:
+    with cache("simulated") as kv:
+        found = []
+        for tokens in ([3], None) if with_tokens else (None, [3]):
+            with kv.step([kv.create()], tokens) as step:
+                padded = DecodeGraph(kv, lambda p: p.slots, num_rows=8, width=8)._padded(step)
+                found.append([t.data_ptr() for t in padded[2:]])
+                assert padded.input_ids.tolist() == [3 if tokens else 0] + [0] * 7
+        assert found[0] == found[1]
+
+
+def test_a_step_of_more_rows_than_step_tokens_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagedkv.machine.MAX_STEP_TOKENS", 2)
+    with cache("simulated") as kv:
+        ids = [kv.create() for _ in range(6)]
+        with kv.step(ids, [1] * 6) as step:
+            padded = DecodeGraph(kv, lambda p: p.slots, num_rows=8, width=8)._padded(step)
+            assert padded.slots.tolist() == [*step.plan.slots.tolist(), 0, 0]
+
+
+class FakeGraphs:
+    """torch.cuda as far as DecodeGraph goes, which says what it was asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.fails = False
+
+    def device(self, device: Any) -> Any:
+        return contextlib.nullcontext()
+
+    def Stream(self, device: Any) -> str:
+        return f"a stream of {device}"
+
+    def CUDAGraph(self) -> Any:
+        outer = self
+
+        class Graph:
+            def replay(self) -> None:
+                outer.calls.append("replay")
+
+        return Graph()
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, stream: str) -> Iterator[None]:
+        self.calls.append(f"capture on {stream}")
+        if self.fails:
+            raise RuntimeError("not while capturing")
+        yield
+
+
+def test_hazard_22_a_call_breaks_the_capture_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned and fenced before, warmed up, captured once, then replayed; a failure leaves none."""
+    fake = FakeGraphs()
+    with cache("simulated") as kv:
+        follow = kv._follow
+        monkeypatch.setattr(kv, "_follow", lambda: (fake.calls.append("follow"), follow()))
+        graph = DecodeGraph(
+            kv, lambda p: (fake.calls.append("model"), p.slots)[1], num_rows=8, width=8
+        )
+        monkeypatch.setattr(kv, "device", torch.device("cuda", 1))
+        monkeypatch.setattr("pagedkv.graphs.torch.cuda", fake)
+        a = kv.create()
+        fake.fails = True
+        with kv.step([a]) as step:
+            for _ in range(2):  # and again, not an empty graph
+                with pytest.raises(RuntimeError, match="capturing"):
+                    graph(step)
+        fake.fails, fake.calls = False, []
+        for n in range(3):
+            with kv.step([a]) as step:
+                assert graph(step).shape == (1,)
+            if n == 0:
+                assert fake.calls == [
+                    "follow", "model", "capture on a stream of cuda:1", "model", "replay"
+                ]  # fmt: skip
+                fake.calls = []
+        assert fake.calls == ["follow", "replay"] * 2

@@ -33,12 +33,14 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
     out = q.new_empty(q.shape[0], q.shape[1], kv.spec.layers[layer].v_dim)
     starts, lens = plan.query_starts, plan.seq_lens
     tables, lens_there = step.block_tables, step.seq_lens
+    if attn_mask is not None:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     for first, last, shared in step.groups:
         rows = slice(int(starts[first]), int(starts[last]))
         mask = None
         if attn_mask is not None:
             part = attn_mask[first:last] if attn_mask.shape[0] > 1 else attn_mask
-            mask = part[..., : int(lens[first:last].max())]
+            mask = _within(part[..., : int(lens[first:last].max())], lens_there[first:last])
         else:
             mask = _mask_of_step(step, first, last, window)
         queries = q[rows].unflatten(0, (last - first, -1)).transpose(1, 2)
@@ -50,6 +52,14 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
             found = dense(queries, k, v, scale, softcap, mask)
         out[rows] = found.transpose(1, 2).flatten(0, 1)
     return out
+
+
+def _within(mask: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+    """A mask of the caller's, who need not know that shorter rows are read beside longer ones."""
+    if len(lens) == 1:
+        return mask
+    behind = (torch.arange(mask.shape[-1], device=mask.device) >= lens[:, None])[:, None, None]
+    return mask & ~behind if mask.dtype == torch.bool else mask.masked_fill(behind, -torch.inf)
 
 
 def _mask_of_step(step: Step, first: int, last: int, window: int | None) -> torch.Tensor | None:
