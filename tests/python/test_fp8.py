@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-import pagedkv as pk
-from pagedkv.fp8 import to_fp8
-from pagedkv.testing import CudaDevice, SimulatedCuda
+torch = pytest.importorskip("torch")
+
+import pagedkv as pk  # noqa: E402
+from pagedkv.fp8 import to_fp8  # noqa: E402
+from pagedkv.testing import CudaDevice, SimulatedCuda  # noqa: E402
 
 FORMATS = ["float8_e4m3fn", "float8_e5m2"]
 SOURCES = [torch.bfloat16, torch.float16, torch.float32]

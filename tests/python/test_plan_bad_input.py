@@ -74,7 +74,6 @@ GOOD = ("--model", "Llama-3-8B", "--gpu", "A100-80GB")
         ((*GOOD, "--max-num-seqs", "9", "--concurrency", "10"), "expected at least 10"),
         ((*GOOD, "--weights-memory", "16"), "is a unit missing"),
         ((*GOOD, "--host-memory", "64"), "is a unit missing"),
-        ((*GOOD, "--plot", "/proc/plan.png"), "plot is '/proc/plan.png'"),
         ((*GOOD, "--host-memory", "64 gigs"), "host_memory is '64 gigs'"),
         ((*GOOD, "--weights-memory", "15,3GiB"), "weights_memory is '15,3GiB'"),
         ((*GOOD, "--windows", "open"), "windows is 'open'"),
@@ -207,3 +206,11 @@ def test_any_config_is_planned_or_refused(model_type: str, changed: dict[str, An
     except pk.InvalidSpec:
         return
     assert plan.weights.num_parameters > 0
+
+
+def test_a_picture_that_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    pytest.importorskip("matplotlib")
+    found = refused(capsys, monkeypatch, *GOOD, "--plot", "/proc/plan.png")
+    assert "plot is '/proc/plan.png'" in found
