@@ -55,11 +55,11 @@ auto enter(ManagerState& state, F&& call) {
 
 // A handle on the manager's buffers at one step, or (after copy() and pickling) arrays of its own.
 struct StepPlanHandle {
-  // Of the manager's step `step`, which is the last one appended.
-  StepPlanHandle(std::shared_ptr<ManagerState> state, std::int64_t step);
-  // A value: `arrays` has one for each Output, or None for absent input_ids. Throws InvalidSpec if
-  // they do not fit together.
-  StepPlanHandle(std::int64_t step, std::int64_t after, pybind11::tuple arrays);
+  // Of the manager's step `number`, which is the last one appended.
+  StepPlanHandle(std::shared_ptr<ManagerState> owner, std::int64_t number);
+  // A value: `outputs` has an array for each Output, or None for absent input_ids. Throws
+  // InvalidSpec if they do not fit together.
+  StepPlanHandle(std::int64_t number, std::int64_t after, pybind11::tuple outputs);
 
   std::shared_ptr<ManagerState> state;  // null: a value
   std::int64_t step;

@@ -140,11 +140,11 @@ StepPlan value_of_arrays(std::int64_t step, std::int64_t after, const py::tuple&
 
 }  // namespace
 
-StepPlanHandle::StepPlanHandle(std::shared_ptr<ManagerState> state, std::int64_t step)
-    : state(std::move(state)), step(step), arrays(py::reinterpret_steal<py::tuple>(nullptr)) {}
+StepPlanHandle::StepPlanHandle(std::shared_ptr<ManagerState> owner, std::int64_t number)
+    : state(std::move(owner)), step(number), arrays(py::reinterpret_steal<py::tuple>(nullptr)) {}
 
-StepPlanHandle::StepPlanHandle(std::int64_t step, std::int64_t after, py::tuple arrays)
-    : step(step), arrays(std::move(arrays)), value(value_of_arrays(step, after, this->arrays)) {}
+StepPlanHandle::StepPlanHandle(std::int64_t number, std::int64_t after, py::tuple outputs)
+    : step(number), arrays(std::move(outputs)), value(value_of_arrays(step, after, arrays)) {}
 
 const StepPlan& StepPlanHandle::plan() const {
   if (!state) return value;
