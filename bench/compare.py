@@ -8,7 +8,7 @@ Every peer comes from PyPI, at a pinned version, into a folder of its own under 
 the packages that it depends on but does not need here; torch and the like are those of the
 environment that runs this. Every figure is measured in a process of its own. In each round all
 systems take turns at each piece of work; a figure is the median over rounds, and a ratio that of
-the ratios within a round. What cannot be installed, fails, or is not offered, has a row that says so.
+the ratios within a round. What cannot be installed, fails or is not offered has a row that says so.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
+
 from compare_report import draw, markdown
 from report import ROOT, commit, cpu_name
-
-BENCH = Path(__file__).resolve().parent
-sys.path.insert(0, str(BENCH / "peers"))
-
 from workloads import WORKLOADS
 
+BENCH = Path(__file__).resolve().parent
 OURS = "pagedkv"
 SCALES = {"s": 1.0, "us": 1e6, "ns": 1e9, "B": 1.0}
 SMALL = ("msgspec==0.22.0", "pyzmq==27.3.0", "cloudpickle==3.1.3", "cachetools==8.0.2")

@@ -15,7 +15,7 @@ NO_FLOOR = "no floor is measured for it"
 class Floor(Driver):
     """A memcpy of what the step takes and gives; for the pool, a slice of a Python list of ints."""
 
-    cannot = {name: NO_FLOOR for name in ("evict", "resident", "trace")}  # noqa: RUF012
+    cannot = dict.fromkeys(("evict", "resident", "trace"), NO_FLOOR)
 
     def open(self, num_blocks: int, workload: str) -> None:
         self.free = list(range(num_blocks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import distribution
 from typing import Any
 
@@ -108,11 +109,7 @@ class SglangTree(Driver):
 
     def pool(self, batch: int) -> tuple[Callable[[], Any], Callable[[Any], None]]:
         pages = self.pages
-
-        def give(slots: Any) -> None:
-            pages.free_segment(slots, start_pos=0)
-
-        return lambda: pages.alloc(batch * BLOCK_SIZE), give
+        return partial(pages.alloc, batch * BLOCK_SIZE), partial(pages.free_segment, start_pos=0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from left_out import leave_out
@@ -105,7 +106,7 @@ class VllmV1(Driver):
 
     def pool(self, batch: int) -> tuple[Callable[[], Any], Callable[[Any], None]]:
         pool = self.m.block_pool
-        return lambda: pool.get_new_blocks(batch), pool.free_blocks
+        return partial(pool.get_new_blocks, batch), pool.free_blocks
 
 
 if __name__ == "__main__":
