@@ -33,6 +33,8 @@ _ADMIT = "three calls, 128 nodes written"
 BARS = (
     Bar("decode step, 256 x 2k", "us", 10, floor=_STEP + ", 256 rows"),
     Bar("decode step, one in, one out", "us", 14, floor=_STEP + ", 256 rows"),
+    Bar("decode step, 256 x 1k, 32 writes", "us", 120, floor="32 writes, see below"),
+    Bar("write, 256 x 1", "us", floor="256 elements placed twice"),
     Bar("beam step, 8 x 2k", "us", 3.5, floor="three calls, 7 outputs read"),
     Bar("beam step, 8 x 128k", "us", 3.5, floor="three calls, 7 outputs read"),
     Bar("beam step, 8 x 128k", "x", 1.2, over="beam step, 8 x 2k", floor="1"),

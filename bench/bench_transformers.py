@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from transformers.utils import logging
 
 from pagedkv.integrations.transformers import PagedCache
-from report import commit, heading
+from report import commit, cpu_name, heading
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,6 @@ def machine(threads: int) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "threads": threads,
     }
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def describe(model: Any, size: Size, where: dict[str, Any]) -> str:

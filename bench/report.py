@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,6 +76,12 @@ def machine(record: Mapping[str, Any]) -> dict[str, Any]:
         "date": record["datetime"][:10],
         "commit": commit(),
     }
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def commit() -> str:

@@ -36,13 +36,13 @@ def read(m: BlockManager, plan: Any) -> None:
     m.commit(plan)
 
 
-@pytest.fixture
-def num_blocks(full: bool) -> int:
-    return 100_000 if full else 4_000
-
-
 def batch(m: BlockManager, size: int, length: int) -> np.ndarray:
     return np.array([admit(m, tokens(length + i % BLOCK_SIZE, i)) for i in range(size)])
+
+
+def iter_forever(items: list[Any]) -> Iterator[Any]:
+    while True:
+        yield from items
 
 
 def test_clock(measure: Measure) -> None:
@@ -122,149 +122,6 @@ def test_decode_churn(measure: Measure, num_blocks: int, full: bool) -> None:
     m.verify()
 
 
-LENGTHS = pytest.mark.parametrize(("name", "length"), [("2k", 2040), ("128k", 131_000)])
-
-
-@LENGTHS
-def test_beam(
-    measure: Measure, num_blocks: int, full: bool, name: str, length: int, benchmark: Any
-) -> None:
-    """Beams that diverged over 128 tokens; each shares its last block with a twin, so all copy."""
-    m = BlockManager(num_blocks, max_model_len=140_000)
-    length = length if full else 200
-    beams = m.fork(admit(m, tokens(length - 128, 3)), 8)
-    chunk, new, counts = tokens(8 * 128, 5), tokens(8, 4), np.full(8, 128)
-    parents = iter_forever([np.random.default_rng(i).integers(0, 8, 8) for i in range(64)])
-    twins: list[np.ndarray] = []
-
-    def diverge() -> None:
-        for ids in twins:
-            m.release(ids)
-        m.truncate(beams, np.full(8, length - 128))
-        m.reorder(beams, np.zeros(8, np.int64))
-        m.commit(m.append(beams, chunk, counts=counts))
-        twins[:] = [m.fork(int(beam), 2)[1:] for beam in beams]
-
-    def step() -> None:
-        m.reorder(beams, next(parents))
-        read(m, m.append(beams, new))
-
-    diverge()
-    copied = m.stats().num_copies
-    step()
-    benchmark.extra_info["copies"] = m.stats().num_copies - copied
-    measure(f"beam step, 8 x {name}", step, setup=diverge, rounds=200)
-    m.verify()
-
-
-@LENGTHS
-def test_beam_search(measure: Measure, num_blocks: int, full: bool, name: str, length: int) -> None:
-    """One step after the other, as a search makes them: beams soon descend from a few."""
-    m = BlockManager(num_blocks, max_model_len=140_000)
-    beams = m.fork(admit(m, tokens(length if full else 200, 3)), 8)
-    new = tokens(8, 4)
-    parents = iter_forever([np.random.default_rng(i).integers(0, 8, 8) for i in range(64)])
-
-    def step() -> None:
-        m.reorder(beams, next(parents))
-        read(m, m.append(beams, new))
-
-    measure(f"beam search, a step of 8 x {name}", step, iterations=64)
-    m.verify()
-
-
-def iter_forever(items: list[Any]) -> Iterator[Any]:
-    while True:
-        yield from items
-
-
-def test_fork(measure: Measure, num_blocks: int, full: bool) -> None:
-    m = BlockManager(num_blocks, max_model_len=140_000)
-    sequence = admit(m, tokens(131_000 if full else 500, 3))
-    children: list[np.ndarray] = []
-
-    def give_back() -> None:
-        while children:
-            m.release(children.pop()[1:])
-
-    call = lambda: children.append(m.fork(sequence, 2))  # noqa: E731
-    measure("fork(id, 2) at 128k", call, setup=give_back, rounds=400)
-
-
-def test_first_step_of_forks(measure: Measure, num_blocks: int, full: bool) -> None:
-    m = BlockManager(num_blocks, max_model_len=140_000)
-    sequence = admit(m, tokens(131_000 if full else 500, 3))
-    new, beams = tokens(8, 4), [m.fork(sequence, 8)]
-    m.commit(m.append(beams[0], new))
-
-    def fork_again() -> None:
-        m.release(beams[0][1:])
-        beams[0] = m.fork(sequence, 8)
-
-    call = lambda: read(m, m.append(beams[0], new))  # noqa: E731
-    measure("first step of 8 forks at 128k", call, setup=fork_again, rounds=200)
-
-
-@pytest.mark.parametrize(("name", "hit"), [("no hit", 0), ("hit 1536", 1536)])
-def test_admission(measure: Measure, num_blocks: int, name: str, hit: int) -> None:
-    m = BlockManager(num_blocks, max_model_len=4096)
-    shared, seed, admitted = tokens(1536, 5), [100], [admit(m, tokens(2048, 6))]
-    admit(m, np.concatenate([shared, tokens(512, 7)]))
-
-    def fresh() -> tuple[tuple[np.ndarray], dict[str, Any]]:
-        m.release(np.array(admitted))
-        admitted.clear()
-        seed[0] += 1
-        return (np.concatenate([shared[:hit], tokens(2048 - hit, seed[0])]),), {}
-
-    measure(f"admit 2048, {name}", lambda p: admitted.append(admit(m, p)), setup=fresh, rounds=300)
-    m.verify()
-
-
-@pytest.mark.parametrize(("name", "size"), [("10k", 10_000), ("100k", 100_000), ("1M", 1_000_000)])
-def test_eviction(measure: Measure, full: bool, name: str, size: int) -> None:
-    size = size if full else 300
-    m = BlockManager(size, max_model_len=4096)
-    seed, admitted = [0], []
-
-    def fresh() -> tuple[tuple[np.ndarray], dict[str, Any]]:
-        if admitted:
-            m.release(np.array(admitted))
-            admitted.clear()
-        seed[0] += 1
-        return (tokens(2048, seed[0]),), {}
-
-    while m.stats().device.num_free >= 128:
-        admitted.append(admit(m, fresh()[0][0]))
-    measure(
-        f"admit 2048 into {name} cached", lambda p: admitted.append(admit(m, p)), fresh, rounds=300
-    )
-    assert m.stats().num_evicted_blocks > 0
-    m.verify()
-
-
-@pytest.mark.parametrize("depth", [500, 4000])
-def test_eviction_of_a_branching_trunk(measure: Measure, full: bool, depth: int) -> None:
-    """Tree search: a path that grew a leaf at every depth, all given up, evicted one by one."""
-    name = f"evict one of a trunk, a leaf at {depth} depths"
-    depth = depth if full else depth // 100
-    m = BlockManager(2 * depth + 1, block_size=1, max_model_len=2 * depth)
-    trunk = m.create([])
-    m.commit(m.append([trunk], tokens(depth, 1), counts=[depth]))
-    for at in range(depth, 0, -1):
-        leaf = m.fork(trunk, 2)[1:]
-        m.truncate(leaf, [at])
-        m.commit(m.append(leaf, [50_000 + at]))
-        m.truncate(leaf, [at])
-        m.release(leaf)
-    m.truncate([trunk], [0])
-    last, more = np.array([m.create([], salt="other")]), np.array([1])
-    m.commit(m.append(last, more))
-    measure(name, lambda: m.commit(m.append(last, more)), rounds=depth // 2, iterations=2)
-    assert m.stats().num_evicted_blocks > 0
-    m.verify()
-
-
 def test_counts_only(measure: Measure, num_blocks: int) -> None:
     m = BlockManager(num_blocks)
     counts = np.array([256 * BLOCK_SIZE])
@@ -275,14 +132,6 @@ def test_counts_only(measure: Measure, num_blocks: int) -> None:
         m.release(ids)
 
     measure("block, taken by counts and released", whole_life, iterations=16, per=256)
-
-
-def test_lookup_miss(measure: Measure, num_blocks: int) -> None:
-    m = BlockManager(num_blocks, max_model_len=4096)
-    ids = batch(m, num_blocks * 3 // 4 // 128, 2030)
-    m.release(ids)
-    prompts = iter_forever([tokens(2048, 9_000 + i).astype(np.int32) for i in range(256)])
-    measure("lookup, miss", lambda: m.lookup(next(prompts)), iterations=256)
 
 
 def test_metadata(full: bool, measure: Measure, benchmark: Any) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pagedkv import BlockManager
+if TYPE_CHECKING:
+    from pagedkv import BlockManager
 
 
 class Operation(NamedTuple):
