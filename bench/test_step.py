@@ -21,7 +21,7 @@ def test_decode_step_with_writes(measure: Callable[..., Any], full: bool) -> Non
     """Heads of one element, so that next to nothing is copied: plan, tensors, 32 writes, commit."""
     batch = 256 if full else 8
     spec = KVSpec(LAYERS, 1, 1, "float32", block_size=16)
-    with KVCache(spec, num_device_blocks=batch * 80, max_model_len=4096, max_batch=batch) as kv:
+    with KVCache(spec, num_device_blocks=batch * 100, max_model_len=4096, max_batch=batch) as kv:
         ids = np.array([kv.create() for _ in range(batch)])
         lengths = np.array([1000 + i % 16 for i in range(batch)])
         with kv.step(ids, tokens(int(lengths.sum()), 2), counts=lengths):
