@@ -28,9 +28,9 @@ def test_work_at_a_small_size(workload: str, driver: Driver) -> None:
         pytest.skip(driver.cannot[workload])
     values = WORKLOADS[workload].run(driver, SIZES["small"])
     assert values
-    # What a process grows by at a small size is the allocator's to say, and can be less than nothing.
-    least = -math.inf if workload == "resident" else 0.0
-    assert all(least < value < math.inf for value in values)
+    # What a process grows by at a small size is the allocator's to say, and may be below 0.
+    assert all(math.isfinite(value) for value in values)
+    assert workload == "resident" or min(values) >= 0
     if isinstance(driver, PagedKV):
         driver.m.verify()
 
