@@ -175,12 +175,8 @@ void CudaDevice::fence(Stream stream, Event event, FenceSite) {
 
 Status CudaDevice::settle(EventState& state, int code, const char* call) {
   if (code == CudaRuntime::kSuccess) return state.status = Status::done;
-  if (!is_sticky(code)) {  // of the call, not of the work, which may be under way
-    runtime_->clear_error();
-    return Status::pending;
-  }
-  if (lost_.empty()) lost_ = error_message(*runtime_, code, call);
-  runtime_->clear_error();
+  note_if_lost(code, call);
+  if (!is_sticky(code)) return Status::pending;  // of the call, not of the work, still under way
   return state.status = Status::failed;
 }
 
