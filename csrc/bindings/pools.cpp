@@ -4,8 +4,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "bindings/module.h"
 #include "bindings/state.h"
+#include "host/host_attention.h"
 #include "host/host_pool.h"
 #include "host/simulated_pool.h"
 
@@ -51,6 +54,29 @@ void gather(Pool& pool, std::size_t region, std::uintptr_t block_tables, std::in
   });
 }
 
+void attend_rows(const HostPool& pool, std::size_t layer, const std::string& dtype,
+                 std::uintptr_t block_tables, std::int64_t table_stride, std::int32_t num_rows,
+                 std::int32_t table_width, std::uintptr_t seq_lens, std::int32_t num_kv_heads,
+                 std::int32_t group, float scale, float softcap, std::int32_t window,
+                 std::uintptr_t queries, std::uintptr_t outputs) {
+  const TableView table{pointer<const std::int32_t>(block_tables), table_stride, num_rows,
+                        table_width};
+  const FloatType type = dtype == "bfloat16" ? FloatType::kBFloat16 : FloatType::kFloat32;
+  const DecodeRows rows{layer,
+                        type,
+                        num_kv_heads,
+                        group,
+                        scale,
+                        softcap,
+                        window,
+                        pointer<const float>(queries),
+                        pointer<float>(outputs)};
+  run(std::int64_t{num_rows} * table_width * 256, [&] {
+    attend(pool, table, {pointer<const std::int32_t>(seq_lens), static_cast<std::size_t>(num_rows)},
+           rows);
+  });
+}
+
 }  // namespace
 
 std::vector<Region> regions_of(const py::list& regions) {
@@ -88,7 +114,11 @@ void bind_pools(py::module_& m) {
       .def(py::init([](const py::list& regions, std::int32_t num_blocks, std::int32_t block_size) {
              return std::make_unique<HostPool>(regions_of(regions), num_blocks, block_size);
            }),
-           py::arg("regions"), py::arg("num_blocks"), py::arg("block_size"));
+           py::arg("regions"), py::arg("num_blocks"), py::arg("block_size"))
+      .def("attend", &attend_rows, py::arg("layer"), py::arg("dtype"), py::arg("block_tables"),
+           py::arg("table_stride"), py::arg("num_rows"), py::arg("table_width"),
+           py::arg("seq_lens"), py::arg("num_kv_heads"), py::arg("group"), py::arg("scale"),
+           py::arg("softcap"), py::arg("window"), py::arg("queries"), py::arg("outputs"));
   py::class_<SimulatedPool, Pool>(m, "SimulatedPool", py::is_final(),
                                   "On the compute stream of a simulated device.")
       .def(py::init([](std::shared_ptr<SimulatedDevice> device, const py::list& regions,

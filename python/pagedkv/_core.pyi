@@ -460,18 +460,9 @@ class Pool(_Object):
     ) -> None:
         """Token t, at address k + t * k_stride and v + t * v_stride, goes to slots[t]."""
     def gather(
-        self,
-        region: int,
-        block_tables: int,
-        table_stride: int,
-        num_rows: int,
-        table_width: int,
-        first_block: int,
-        num_tokens: int,
-        num_heads: int,
-        width: int,
-        target: int,
-    ) -> None:
+        self, region: int, block_tables: int, table_stride: int, num_rows: int, table_width: int,
+        first_block: int, num_tokens: int, num_heads: int, width: int, target: int,
+    ) -> None:  # fmt: skip
         """num_tokens[b] tokens from block first_block of row b on, into [B, heads, width, dim]."""
     def synchronize(self) -> None:
         """Block until all that was queued has ended."""
@@ -483,6 +474,16 @@ class HostPool(Pool):
     def __init__(
         self, regions: list[tuple[int, int, int]], num_blocks: int, block_size: int
     ) -> None: ...
+    def attend(
+        self, layer: int, dtype: str, block_tables: int, table_stride: int, num_rows: int,
+        table_width: int, seq_lens: int, num_kv_heads: int, group: int, scale: float,
+        softcap: float, window: int, queries: int, outputs: int,
+    ) -> None:  # fmt: skip
+        """Attention of one new token per row, stored as `dtype`, "float32" or "bfloat16".
+
+        Queries and outputs are float32 [rows, num_kv_heads * group, dim]. Softcap and window may
+        be 0: none. Raises ValueError, too, for heads that are no multiple of 8 elements.
+        """
 
 @final
 class SimulatedPool(Pool):

@@ -16,7 +16,7 @@ except ImportError as error:  # the control plane works without; this does not
     raise ImportError("KVCache needs torch: pip install 'pagedkv[torch]'") from error
 
 from pagedkv import attention
-from pagedkv._core import BlockManager, CudaDevice, Device, TransferEngine
+from pagedkv._core import BlockManager, CudaDevice, Device, HostPool, TransferEngine
 from pagedkv.adopt import Adopted, adopt, require_unmoved
 from pagedkv.errors import ConcurrentUse, InvalidSpec, InvalidState, KVError
 from pagedkv.fp8 import check_scales
@@ -261,6 +261,11 @@ class KVCache(Steps):
     def v(self, layer: int) -> torch.Tensor:
         """The layer's values, a view [N, P, H, v_dim]."""
         return self._pools(layer)[1]
+
+    @property
+    def host_pool(self) -> HostPool | None:
+        """The blocks, where they are [P, H, D] in host memory and all work on them is done at once."""
+        return self._pool if self._in_rows and isinstance(self._pool, HostPool) else None
 
     def pools(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
         """k(layer) and v(layer) of all layers."""

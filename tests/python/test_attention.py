@@ -154,8 +154,24 @@ def test_flex_compiled_reads_the_blocks_that_its_mask_lists(
         w.check("flex", w.new([30, 5]), [150, 150], window=window)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_of_one_token_are_read_off_their_blocks(
+    monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Also long ones, whose softmax runs over several parts, and beams, with nothing gathered."""
+    monkeypatch.setattr(blockwise, "RUN_BYTES", 1 << 20)
+    with world((6, 2), dtype=dtype) as w:
+        ids = w.new([300, 1, 0])
+        beams = w.kv.fork(ids[0], 3)
+        w.kv.reorder(np.array(ids), np.array([0, 0, 2]))
+        monkeypatch.setattr(w.kv, "gather_blocks", None)
+        for options in OPTIONS:
+            w.check("blockwise", ids, [1, 1, 1], **options)
+            w.check("auto", [*beams, ids[2]], [1] * 4, **options)
+
+
 def test_blockwise_gathers_a_run_of_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    with world() as w:
+    with world(dtype="float16") as w:  # for which there is no kernel
         token_bytes = w.kv.spec.layers[0].k_bytes + w.kv.spec.layers[0].v_bytes
         monkeypatch.setattr(blockwise, "RUN_BYTES", 16 * token_bytes)
         ids = w.new([300])
@@ -188,8 +204,10 @@ def call(q: torch.Tensor, **options: Any) -> Call:
     return Call(0, q, **{**plain, **options})
 
 
-def test_auto_on_a_cpu_goes_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    with world() as w:
+def test_auto_on_a_cpu_takes_the_kernel_and_else_goes_by_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with world(dtype="float16") as w:
         monkeypatch.setattr(blockwise, "RUN_BYTES", 19 * w.kv.spec.token_bytes // 4)
         ids = w.new([18])
         for expected in ("gather", "blockwise"):
@@ -199,6 +217,14 @@ def test_auto_on_a_cpu_goes_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
         _, found = w.step(ids, [1], lambda q, s: choose(w.kv, call(q, attn_mask=mask), s, "auto"))
         assert found is BACKENDS["gather"]
         w.check("auto", ids, [1])
+    monkeypatch.setattr(blockwise, "RUN_BYTES", 1 << 20)
+    for dims, expected in (((16, 16), "blockwise"), ((12, 16), "gather"), ((16, 12), "gather")):
+        with world(dims=dims) as w:
+            for counts, its in (([1, 1], expected), ([1, 9], expected), ([5, 9], "gather")):
+                found = w.step(
+                    w.new([7, 0]), counts, lambda q, s, w=w: choose(w.kv, call(q), s, "auto")
+                )[1]
+                assert found is BACKENDS[its]
 
 
 def test_the_tables_in_one_piece() -> None:

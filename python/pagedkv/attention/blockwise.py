@@ -1,9 +1,11 @@
-"""A few blocks at a time: the CPU's way for long sequences, which never has a whole one gathered.
+"""A few blocks at a time: the CPU's way, which never has a whole sequence gathered.
 
-Each run of blocks is gathered into memory that stays in the processor's cache and is read from
-there: so K and V come from main memory once, where a whole gather reads, writes and reads them
-again. What several runs give is joined by the log-sum-exp of each, as in Dao, "FlashAttention"
-(2022). Rows that begin with the same blocks read those once for all, as in "gather".
+Rows of one new token go through the extension's own kernel, where it has one for what is stored.
+
+For others each run of blocks is gathered into memory that stays in the processor's cache and is
+read from there: so K and V come from main memory once, where a whole gather reads, writes and reads
+them again. What several runs give is joined by the log-sum-exp of each, as in Dao, "FlashAttention"
+(2022). Rows that begin with the same many blocks read those once for all, as in "gather".
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pagedkv.attention.call import equal_counts
+from pagedkv.attention.decode import decode, takes
 
 if TYPE_CHECKING:
     from pagedkv.attention.call import Call
@@ -36,32 +39,72 @@ def refusal(kv: KVCache, call: Call) -> str | None:
 
 
 def is_faster(kv: KVCache, call: Call, step: Step) -> bool:
-    """Than gathering all: from two runs of blocks on it was, or was as fast."""
-    layer, lens = kv.spec.layers[call.layer], step.plan.seq_lens
-    return len(lens) > 0 and int(lens.max()) * (layer.k_bytes + layer.v_bytes) > 2 * RUN_BYTES
+    """Than gathering all: with the kernel, or from two runs of blocks on, it was, or was as fast."""
+    if takes(kv, call) and any(run[3] == 1 for run in _runs(kv, call, step)):
+        return True
+    lens = step.plan.seq_lens
+    return len(lens) > 0 and int(lens.max()) * _token_bytes(kv, call) > 2 * RUN_BYTES
+
+
+def _token_bytes(kv: KVCache, call: Call) -> int:
+    layer = kv.spec.layers[call.layer]
+    return layer.k_bytes + layer.v_bytes
 
 
 def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
-    layer, starts = kv.spec.layers[call.layer], step.plan.query_starts
-    heads = layer.num_kv_heads
-    q = call.q.unflatten(1, (heads, -1))  # [T, H, G, k_dim]
-    out = call.q.new_empty(*q.shape[:3], layer.v_dim)
-    if step.plan.num_tokens == step.plan.batch_size:
-        runs = [(first, last, shared, 1) for first, last, shared in step.shared_runs]
-    else:
-        runs = [(first, last, 0, count) for first, last, count in equal_counts(step.plan)]
-    for first, last, shared, count in runs:
+    parts: list[torch.Tensor] = []  # [some tokens, Hq, v_dim], one behind the other
+    has_kernel = takes(kv, call)
+    for first, last, shared, count in _runs(kv, call, step):
         if shared and call.window is None:
-            out[first:last] = _beams(kv, call, step, q[first:last], first, shared)
+            parts.append(_beams(kv, call, step, first, last, shared))
+        elif count == 1 and has_kernel:
+            parts.append(decode(kv, call, step, first, last))
+        else:
+            parts += _rows(kv, call, step, first, last, count)
+    if not parts:
+        return call.q.new_empty(0, call.q.shape[1], kv.spec.layers[call.layer].v_dim)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(call.q.dtype)
+
+
+def _runs(kv: KVCache, call: Call, step: Step) -> list[tuple[int, int, int, int]]:
+    """Rows that go together: (first, past the last, shared blocks, new tokens of each).
+
+    Of shared blocks only so many count that reading them once is worth more than one call is.
+    """
+    many = RUN_BYTES // (_token_bytes(kv, call) * kv.spec.block_size)
+    return step.kept(("runs", many), lambda: _make_runs(step, many))
+
+
+def _make_runs(step: Step, many: int) -> list[tuple[int, int, int, int]]:
+    runs: list[tuple[int, int, int, int]] = []
+    for begin, end, count in equal_counts(step.plan):
+        if count > 1:
+            runs.append((begin, end, 0, count))
             continue
-        for row in range(first, last):
-            begin = int(starts[row])
-            for tile in range(begin, begin + count, QUERY_TILE):
-                end = min(tile + QUERY_TILE, begin + count)
-                at = int(step.plan.seq_lens[row]) - count + tile - begin
-                found, _ = _row(kv, call, step, q[tile:end].permute(1, 2, 0, 3), row, at)
-                out[tile:end] = found.permute(2, 0, 1, 3)
-    return out.flatten(1, 2)
+        first = begin
+        for low, high, shared in step.shared_runs:
+            if shared > many and begin <= low and high <= end:
+                if first < low:
+                    runs.append((first, low, 0, 1))
+                runs.append((low, high, shared, 1))
+                first = high
+        if first < end:
+            runs.append((first, end, 0, 1))
+    return runs
+
+
+def _rows(
+    kv: KVCache, call: Call, step: Step, first: int, last: int, count: int
+) -> Iterator[torch.Tensor]:
+    """Rows [first, last) of `count` new tokens each, one row and one tile of queries at a time."""
+    heads = kv.spec.layers[call.layer].num_kv_heads
+    for row in range(first, last):
+        begin, length = int(step.plan.query_starts[row]), int(step.plan.seq_lens[row])
+        for tile in range(0, count, QUERY_TILE):
+            q = call.q[begin + tile : begin + min(tile + QUERY_TILE, count)]
+            q = q.unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
+            found, _ = _row(kv, call, step, q, row, length - count + tile)
+            yield found.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _row(
@@ -86,19 +129,20 @@ def _row(
 
 
 def _beams(
-    kv: KVCache, call: Call, step: Step, q: torch.Tensor, first: int, shared: int
+    kv: KVCache, call: Call, step: Step, first: int, last: int, shared: int
 ) -> torch.Tensor:
-    """Rows [n, H, G, k_dim] with one new token each, from `first` on, that share blocks."""
-    begin = shared * kv.spec.block_size
+    """Rows [first, last) of one new token each that share blocks: those once for all of them."""
+    begin, at = shared * kv.spec.block_size, int(step.plan.query_starts[first])
+    q = call.q[at : at + last - first].unflatten(1, (kv.spec.layers[call.layer].num_kv_heads, -1))
     tails = [
         _row(kv, call, step, q[i].unsqueeze(2), first + i, int(length) - 1, begin)
-        for i, length in enumerate(step.plan.seq_lens[first : first + len(q)])
+        for i, length in enumerate(step.plan.seq_lens[first:last])
     ]
     part: Part = torch.cat([t[0] for t in tails], 2), torch.cat([t[1] for t in tails], 2)
     together = q.permute(1, 2, 0, 3)  # [H, G, n, k_dim]
     for _, _, k, v in _keys(kv, call, step, first, 0, begin, begin):
         part = _join(part, _attend(kv, call, together, k, v))
-    return part[0].permute(2, 0, 1, 3)
+    return part[0].permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _keys(

@@ -372,8 +372,8 @@ class PagedCache(Cache):
         forward.unread = None
         step = forward.open_step.step
         batch, _, num_new, _ = query.shape
-        if softcap is None and len(step.shared_runs) == batch:  # nothing is read twice
-            keys, values = self.kv.gather(layer, step)
+        if softcap is None and mask is not None and len(step.shared_runs) == batch:
+            keys, values = self.kv.gather(layer, step)  # nothing is read twice
             return sdpa_attention_forward(module, query, keys, values, mask, scaling=scale)[0]
         tokens = query.transpose(1, 2).flatten(0, 1)
         output = self.kv.attention(

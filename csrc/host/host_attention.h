@@ -1,0 +1,37 @@
+// Attention of one new token per row, straight off the blocks: how a CPU decodes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "host/host_pool.h"
+
+namespace pagedkv {
+
+enum class FloatType { kFloat32, kBFloat16 };
+
+// Rows of one new token each, in one layer.
+struct DecodeRows {
+  std::size_t layer;
+  FloatType type;  // of keys and values
+  std::int32_t num_kv_heads;
+  std::int32_t group;    // query heads for each KV head
+  float scale;           // of scores
+  float softcap;         // scores become softcap * tanh(scores / softcap); 0: they stay
+  std::int32_t window;   // a token sees itself and the window - 1 before it; 0: all
+  const float* queries;  // [rows, num_kv_heads * group, k_dim]
+  float* outputs;        // [rows, num_kv_heads * group, v_dim]
+};
+
+// Row b is table's row b, seq_lens[b] tokens long with the new one, which is in its block already.
+// k_dim and v_dim have to be multiples of 8. std::invalid_argument, before anything is written, for
+// a block outside the pool.
+void attend(const HostPool& pool, const TableView& table, std::span<const std::int32_t> seq_lens,
+            const DecodeRows& rows);
+
+// The same by what every machine has: attend() itself takes more where that is there.
+void attend_portably(const HostPool& pool, const TableView& table,
+                     std::span<const std::int32_t> seq_lens, const DecodeRows& rows);
+
+}  // namespace pagedkv

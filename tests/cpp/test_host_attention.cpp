@@ -1,0 +1,220 @@
+// Attention off the blocks against the same in double, by both instruction sets.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#include "host/host_attention.h"
+
+using namespace pagedkv;
+
+namespace {
+
+struct Case {
+  FloatType type = FloatType::kFloat32;
+  int block_size = 16, num_kv_heads = 2, group = 1, k_dim = 8, v_dim = 8;
+  float scale = 0.3f, softcap = 0;
+  int window = 0;
+  std::vector<std::int32_t> lengths = {1};
+};
+
+// Keys and values at random in blocks at random, in memory with gaps that hold NaN.
+struct Memory {
+  explicit Memory(const Case& c) : shape(c) {
+    const int bytes = c.type == FloatType::kFloat32 ? 4 : 2;
+    width = (*std::max_element(c.lengths.begin(), c.lengths.end()) - 1) / c.block_size + 1;
+    const int rows = static_cast<int>(c.lengths.size()), num_blocks = rows * width + 1;
+    for (int i = 0; i < num_blocks - 1; ++i) table.push_back(i + 1);
+    std::shuffle(table.begin(), table.end(), random);
+    const int dims[2] = {c.k_dim, c.v_dim};
+    std::vector<Region> regions;
+    for (int part = 0; part < 2; ++part) {
+      const int token = c.num_kv_heads * dims[part] * bytes, stride = c.block_size * token + 12;
+      memory[part].assign(static_cast<std::size_t>(num_blocks * stride), std::byte{0xff});
+      regions.push_back({memory[part].data(), stride, token});
+    }
+    pool = std::make_unique<HostPool>(regions, num_blocks, c.block_size);
+    queries.resize(static_cast<std::size_t>(rows * c.num_kv_heads * c.group * c.k_dim));
+    for (float& x : queries) x = normal(random);
+    for (int b = 0; b < rows; ++b) {
+      for (int t = 0; t < c.lengths[static_cast<std::size_t>(b)]; ++t) {
+        for (int part = 0; part < 2; ++part) {
+          for (int i = 0; i < c.num_kv_heads * dims[part]; ++i) {
+            // Later keys weigh more, so that the largest score keeps growing.
+            put(part, b, t, i, normal(random) * (1 + 0.01f * static_cast<float>(t)));
+          }
+        }
+      }
+    }
+  }
+
+  std::byte* at(int part, int row, int token, int i) const {
+    const Region& r = pool->regions()[static_cast<std::size_t>(part)];
+    const int block = table[static_cast<std::size_t>(row * width + token / shape.block_size)];
+    return r.base + block * r.block_stride + (token % shape.block_size) * r.token_bytes +
+           i * (shape.type == FloatType::kFloat32 ? 4 : 2);
+  }
+
+  void put(int part, int row, int token, int i, float value) {
+    if (shape.type == FloatType::kFloat32) {
+      std::memcpy(at(part, row, token, i), &value, 4);
+    } else {
+      const auto half = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16);
+      std::memcpy(at(part, row, token, i), &half, 2);
+    }
+  }
+
+  double get(int part, int row, int token, int i) const {
+    std::uint32_t word = 0;
+    if (shape.type == FloatType::kFloat32) {
+      std::memcpy(&word, at(part, row, token, i), 4);
+    } else {
+      std::uint16_t half;
+      std::memcpy(&half, at(part, row, token, i), 2);
+      word = std::uint32_t{half} << 16;
+    }
+    return std::bit_cast<float>(word);
+  }
+
+  std::vector<double> expected() const {
+    std::vector<double> outputs;
+    const int heads = shape.num_kv_heads * shape.group;
+    for (int b = 0; b < static_cast<int>(shape.lengths.size()); ++b) {
+      const int length = shape.lengths[static_cast<std::size_t>(b)];
+      for (int q = 0; q < heads; ++q) {
+        const int h = q / shape.group;
+        const int first = shape.window > 0 ? std::max(0, length - shape.window) : 0;
+        std::vector<double> scores, total(static_cast<std::size_t>(shape.v_dim));
+        for (int t = first; t < length; ++t) {
+          double score = 0;
+          for (int d = 0; d < shape.k_dim; ++d) {
+            score += queries[static_cast<std::size_t>((b * heads + q) * shape.k_dim + d)] *
+                     get(0, b, t, h * shape.k_dim + d);
+          }
+          score *= shape.scale;
+          if (shape.softcap > 0) score = shape.softcap * std::tanh(score / shape.softcap);
+          scores.push_back(score);
+        }
+        const double largest = std::ranges::max(scores);
+        double sum = 0;
+        for (int t = first; t < length; ++t) {
+          const double weight = std::exp(scores[static_cast<std::size_t>(t - first)] - largest);
+          sum += weight;
+          for (int d = 0; d < shape.v_dim; ++d) {
+            total[static_cast<std::size_t>(d)] += weight * get(1, b, t, h * shape.v_dim + d);
+          }
+        }
+        for (const double x : total) outputs.push_back(x / sum);
+      }
+    }
+    return outputs;
+  }
+
+  TableView view() const {
+    return {table.data(), width, static_cast<std::int32_t>(shape.lengths.size()), width};
+  }
+
+  std::vector<float> found(decltype(&attend) run) const {
+    const std::size_t heads = queries.size() / static_cast<std::size_t>(shape.k_dim);
+    std::vector<float> outputs(heads * static_cast<std::size_t>(shape.v_dim), NAN);
+    run(*pool, view(), shape.lengths, rows(outputs.data()));
+    return outputs;
+  }
+
+  DecodeRows rows(float* outputs) const {
+    return {0,           shape.type,    shape.num_kv_heads, shape.group,
+            shape.scale, shape.softcap, shape.window,       queries.data(),
+            outputs};
+  }
+
+  Case shape;
+  int width;
+  std::mt19937 random{7};
+  std::normal_distribution<float> normal;
+  std::vector<std::int32_t> table;
+  std::vector<std::byte> memory[2];
+  std::unique_ptr<HostPool> pool;
+  std::vector<float> queries;
+};
+
+void check(const Case& c) {
+  const Memory memory(c);
+  const std::vector<double> expected = memory.expected();
+  for (const auto run : {&attend, &attend_portably}) {
+    const std::vector<float> outputs = memory.found(run);
+    REQUIRE(outputs.size() == expected.size());
+    for (std::size_t i = 0; i < outputs.size(); ++i) {
+      CHECK(outputs[i] == doctest::Approx(expected[i]).epsilon(1e-4).scale(1));
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("attention off the blocks is attention") {
+  for (const auto type : {FloatType::kFloat32, FloatType::kBFloat16}) {
+    check({.type = type});
+    check({.type = type, .group = 3, .k_dim = 64, .v_dim = 64, .lengths = {1, 15, 16, 17, 250}});
+    check({.type = type,
+           .block_size = 5,
+           .num_kv_heads = 3,
+           .group = 4,
+           .k_dim = 72,
+           .v_dim = 80,
+           .lengths = {33, 4}});
+    check({.type = type,
+           .num_kv_heads = 1,
+           .group = 5,
+           .k_dim = 16,
+           .v_dim = 136,
+           .lengths = {9, 60}});
+  }
+}
+
+TEST_CASE("a long sequence is read in parts, whose softmax is one") {
+  check({.group = 2, .lengths = {255, 256, 257, 700}});
+  check({.block_size = 48, .lengths = {511, 1024}});
+}
+
+TEST_CASE("a window hides all that is before it, and a softcap bounds scores") {
+  for (const int window : {1, 7, 16, 300, 2000}) {
+    check({.group = 2, .window = window, .lengths = {1, 16, 40, 700}});
+  }
+  check({.group = 2, .softcap = 1.5f, .lengths = {1, 40, 300}});
+  check({.softcap = 0.7f, .window = 21, .lengths = {40}});
+}
+
+TEST_CASE("scores of any size neither overflow nor vanish") {
+  for (const float scale : {1e-6f, 100.0f}) check({.scale = scale, .lengths = {5, 300}});
+}
+
+TEST_CASE(
+    "a block outside the pool, or a head of odd size, is refused before anything is written") {
+  Memory memory(Case{.lengths = {20}});
+  std::vector<float> outputs(16, 3.0f);
+  const auto refused = [&](DecodeRows rows) {
+    CHECK_THROWS_AS(attend(*memory.pool, memory.view(), memory.shape.lengths, rows),
+                    std::invalid_argument);
+    CHECK(std::ranges::all_of(outputs, [](float x) { return x == 3.0f; }));
+  };
+  const DecodeRows rows = memory.rows(outputs.data());
+  for (const auto change : std::vector<void (*)(DecodeRows&)>{
+           [](DecodeRows& r) { r.num_kv_heads = 4; }, [](DecodeRows& r) { r.num_kv_heads = 3; },
+           [](DecodeRows& r) { r.group = 0; }, [](DecodeRows& r) { r.layer = 1; },
+           [](DecodeRows& r) { r.type = FloatType::kBFloat16, r.num_kv_heads = 8; }}) {
+    DecodeRows changed = rows;
+    change(changed);
+    refused(changed);
+  }
+  memory.table[1] = 99;
+  refused(rows);
+  memory.table[1] = 1;
+  memory.shape.lengths = {33};  // past its table
+  refused(rows);
+}
