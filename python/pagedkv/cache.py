@@ -124,8 +124,9 @@ class KVCache(Steps):
         memory = adopted or DevicePool.allocate(spec, num_device_blocks + 1, layout, machine.device)
         self._adopted = adopted
         self._layers = memory.layers
-        self._stored = [Stored(k, v) for k, v in memory.layers]
         self._in_rows = memory.in_rows
+        kept = memory.layers if memory.in_rows else ()
+        self._stored = {i: Stored(k, v) for i, (k, v) in enumerate(kept)}
         machine.see(manager)
         self._pool = machine.make_pool(memory, manager)
         engine = None
@@ -153,21 +154,24 @@ class KVCache(Steps):
         Raises InvalidSpec for a wrong shape or device, InvalidState if `step` is not this cache's
         open one.
         """
-        self._require(step)
-        pools, num_tokens, slots = self._rows(layer), step.num_tokens, step.slots
-        stored = self._stored[layer]
-        if stored.matches(k, v, num_tokens):
-            self._follow()
+        # What is asked for each layer of each step is asked first, and no more than decides.
+        stored = self._stored.get(layer) if step is self._step and type(layer) is int else None
+        if stored is not None and stored.matches(k, v, step.num_tokens):
+            if self._transfers is not None:
+                self._transfers.follow()
             k_at, v_at = k.data_ptr(), v.data_ptr()
             self._pool.write(
-                layer, step.slots_at, num_tokens, k_at, stored.k_bytes, v_at, stored.v_bytes
+                layer, step.slots_at, step.num_tokens, k_at, stored.k_bytes, v_at, stored.v_bytes
             )
-            self.machine.hold(slots, k, v)
+            if self.machine.holds:
+                self.machine.hold(step.slots, k, v)
             return
+        self._require(step)
+        pools, num_tokens = self._rows(layer), step.num_tokens
         check_source(k, "k", pools[0], num_tokens)
         check_source(v, "v", pools[1], num_tokens)
         self._follow()
-        self.machine.write(self._pool, layer, slots, k, v, pools[0].dtype, self.scales[layer])
+        self.machine.write(self._pool, layer, step.slots, k, v, pools[0].dtype, self.scales[layer])
 
     def gather(self, layer: int, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of whole sequences, [B, H, max(seq_lens), dim], zeros past each length.
@@ -353,7 +357,7 @@ class KVCache(Steps):
         self._transfers = None
         self._adopted = None
         self._layers = ()
-        self._workspaces, self.backend_memory = {}, {}
+        self._workspaces, self.backend_memory, self._stored = {}, {}, {}
         self.machine = Machine()  # which holds nothing
         self._pool = GONE
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from pagedkv.errors import InvalidSpec
@@ -53,7 +54,7 @@ class DevicePool:
             raise InvalidSpec(f'layout is {layout!r}, expected "block_major" or "layer_major"')
         num_bytes = num_blocks * spec.block_bytes
         try:
-            memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            memory = _empty(num_bytes, device)
         except (RuntimeError, MemoryError) as error:
             raise InvalidSpec(
                 f"the pool of {num_bytes} bytes does not fit in the memory of {device}"
@@ -72,6 +73,13 @@ class DevicePool:
             block_runs = [_run(t) for layer in layers for t in layer]
         regions = tuple(region(t) for layer in layers for t in layer)
         return cls(memory, layers, num_blocks, regions, tuple(block_runs))
+
+
+def _empty(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Bytes; on a CPU from numpy, which asks the system for huge pages: blocks lie far apart."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(num_bytes, np.uint8))
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 def region(view: torch.Tensor) -> tuple[int, int, int]:

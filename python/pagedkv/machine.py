@@ -47,10 +47,12 @@ class Machine:
         device: of the tensors.
         needs_order: whether steps need the transfer engine even without a host tier, since work is
             queued on streams, which may change.
+        holds: whether hold() does anything.
     """
 
     device = torch.device("cpu")
     needs_order = False
+    holds = False
 
     def __init__(self) -> None:
         self._padded: dict[tuple[str, int], torch.Tensor] = {}
@@ -272,6 +274,8 @@ class SimulatedCudaMachine(CudaMachine):
     The caller's own work runs at once, so what it reads has to have landed, and what it gives has
     to stay until it was read.
     """
+
+    holds = True
 
     def __init__(self, gpu: CudaDevice) -> None:
         super().__init__(gpu, torch.device("cpu"))

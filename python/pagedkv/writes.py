@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pagedkv.errors import InvalidSpec
 from pagedkv.fp8 import is_fp8, to_fp8
@@ -33,7 +34,7 @@ class Stored:
                 torch.Size((num_tokens, *token)) for token in self._tokens
             )
         return (
-            type(k) is type(v) is torch.Tensor
+            k.__class__ is v.__class__ is Tensor
             and k.shape == self._k_shape
             and v.shape == self._v_shape
             and k.dtype is v.dtype is self._dtype

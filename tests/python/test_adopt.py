@@ -159,7 +159,7 @@ def test_write_gather_and_attention_work_where_tokens_are_rows(
     spec, layers = spec_of(make), make()
     given = {"max_batch": 4}
     adopted = pk.KVCache(spec, tensors=layers, device=DEVICES[device](), **given)
-    own = pk.KVCache(spec, num_device_blocks=N - 1, **given)
+    own = pk.KVCache(spec, num_device_blocks=N - 1, device=DEVICES[device](), **given)
     shape = spec.layers[0]
     found = []
     for kv in (adopted, own):
