@@ -1,5 +1,7 @@
 #include "bindings/buffers.h"
 
+#include <pybind11/numpy.h>
+
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -63,11 +65,36 @@ template <class From>
                     std::to_string(item<From>(from, i)) + ", expected a token id, 0 to 2147483647");
 }
 
+// Whether `data` can be read as integers of that size where it is.
+bool is_aligned(const void* data, bool wide) {
+  return reinterpret_cast<std::uintptr_t>(data) % (wide ? 8 : 4) == 0;
+}
+
+// Whether a numpy array is a row of native integers of 8 or 4 bytes.
+bool is_plain(const py::array& array) {
+  const py::dtype type = array.dtype();
+  const py::ssize_t bytes = type.itemsize();
+  return array.ndim() == 1 && type.kind() == 'i' && (bytes == 8 || bytes == 4) &&
+         type.byteorder() == '=' && (array.shape(0) <= 1 || array.strides(0) == bytes);
+}
+
 }  // namespace
+
+const Py_buffer* Buffer::fill(py::handle object) {
+  held_ = PyObject_GetBuffer(object.ptr(), &view_, PyBUF_STRIDED_RO | PyBUF_FORMAT) == 0;
+  if (!held_) PyErr_Clear();
+  return held_ ? &view_ : nullptr;
+}
+
+Buffer::~Buffer() {
+  if (held_) PyBuffer_Release(&view_);
+}
+
+Buffer::Buffer(Buffer&& other) noexcept
+    : held_(std::exchange(other.held_, false)), view_(other.view_) {}
 
 template <class T>
 Argument<T>::Argument(const char* name, py::handle object) : given_(true) {
-  py::object array;  // what a tensor without the buffer protocol gives instead
   if (!PyObject_CheckBuffer(object.ptr())) {
     if (PyList_Check(object.ptr()) || PyTuple_Check(object.ptr())) {
       read_sequence(name, object);
@@ -75,48 +102,57 @@ Argument<T>::Argument(const char* name, py::handle object) : given_(true) {
     }
     if (!py::hasattr(object, "__array__")) refuse(name, "a " + type_name(object));
     try {
-      array = object.attr("__array__")();
+      array_ = object.attr("__array__")();
     } catch (py::error_already_set&) {
       refuse(name, "a " + type_name(object) + " that is not in host memory");
     }
-    object = array;
+    object = array_;
     if (!PyObject_CheckBuffer(object.ptr())) refuse(name, "a " + type_name(object));
   }
+  // Most arguments are such arrays, and numpy takes longer to make a buffer of one than a step has.
+  if (py::isinstance<py::array>(object)) {
+    const auto array = py::reinterpret_borrow<py::array>(object);
+    if (is_plain(array)) {
+      const auto size = static_cast<std::size_t>(array.shape(0));
+      read_integers(name, array.data(), size, array.itemsize() == 8);
+      array_ = array;
+      return;
+    }
+  }
+  read_buffer(name, object);
+}
+
+template <class T>
+void Argument<T>::read_buffer(const char* name, py::handle object) {
   if (PyBytes_Check(object.ptr()) || PyByteArray_Check(object.ptr())) {
     refuse(name, "a " + type_name(object));
   }
-  if (PyObject_GetBuffer(object.ptr(), &buffer_, PyBUF_STRIDED_RO | PyBUF_FORMAT) != 0) {
-    PyErr_Clear();
-    refuse(name, "a " + type_name(object) + " that gives no buffer");
-  }
-  held_ = true;
-  const auto release_and_refuse = [&](const std::string& found) {
-    PyBuffer_Release(&buffer_);
-    held_ = false;
-    refuse(name, found);
-  };
-  if (buffer_.ndim != 1) {
-    release_and_refuse("a buffer of " + std::to_string(buffer_.ndim) + " dimensions");
-  }
-  const char format = integer_format(buffer_.format);
-  const bool wide = (format == 'l' || format == 'q') && buffer_.itemsize == 8;
-  const bool narrow = (format == 'i' || format == 'l') && buffer_.itemsize == 4;
+  const Py_buffer* const filled = buffer_.fill(object);
+  if (filled == nullptr) refuse(name, "a " + type_name(object) + " that gives no buffer");
+  const Py_buffer& view = *filled;
+  if (view.ndim != 1) refuse(name, "a buffer of " + std::to_string(view.ndim) + " dimensions");
+  const char format = integer_format(view.format);
+  const bool wide = (format == 'l' || format == 'q') && view.itemsize == 8;
+  const bool narrow = (format == 'i' || format == 'l') && view.itemsize == 4;
   if (!wide && !narrow) {
-    release_and_refuse("a buffer of format '" + std::string(buffer_.format ? buffer_.format : "B") +
-                       "'");
+    refuse(name, "a buffer of format '" + std::string(view.format ? view.format : "B") + "'");
   }
-  const auto size = static_cast<std::size_t>(buffer_.shape[0]);
-  if (size > 1 && buffer_.strides[0] != buffer_.itemsize) release_and_refuse("not contiguous");
-  const bool aligned = reinterpret_cast<std::uintptr_t>(buffer_.buf) % (wide ? 8 : 4) == 0;
+  const auto size = static_cast<std::size_t>(view.shape[0]);
+  if (size > 1 && view.strides[0] != view.itemsize) refuse(name, "not contiguous");
+  read_integers(name, view.buf, size, wide);
+}
+
+template <class T>
+void Argument<T>::read_integers(const char* name, const void* data, std::size_t size, bool wide) {
   if constexpr (std::is_same_v<T, std::int64_t>) {
-    if (wide && aligned) {
-      values_ = {static_cast<const T*>(buffer_.buf), size};
+    if (wide && is_aligned(data, wide)) {
+      values_ = {static_cast<const T*>(data), size};
       return;
     }
   }
   if constexpr (std::is_same_v<T, Token>) {
-    if (narrow && aligned) {
-      const auto* tokens = static_cast<const Token*>(buffer_.buf);
+    if (!wide && is_aligned(data, wide)) {
+      const auto* tokens = static_cast<const Token*>(data);
       Token bits = 0;
       for (std::size_t i = 0; i < size; ++i) bits |= tokens[i];
       if (bits >= 0) {
@@ -125,24 +161,12 @@ Argument<T>::Argument(const char* name, py::handle object) : given_(true) {
       }
     }
   }
-  bool fits;
-  try {
-    copy_.resize(size);
-  } catch (...) {
-    PyBuffer_Release(&buffer_);
-    throw;
-  }
-  fits = wide ? convert<std::int64_t>(buffer_.buf, size, copy_.data())
-              : convert<std::int32_t>(buffer_.buf, size, copy_.data());
+  copy_.resize(size);
+  const bool fits = wide ? convert<std::int64_t>(data, size, copy_.data())
+                         : convert<std::int32_t>(data, size, copy_.data());
   if (!fits) {
-    const Py_buffer buffer = buffer_;
-    try {
-      wide ? refuse_token<std::int64_t>(name, buffer.buf, size)
-           : refuse_token<std::int32_t>(name, buffer.buf, size);
-    } catch (...) {
-      PyBuffer_Release(&buffer_);
-      throw;
-    }
+    wide ? refuse_token<std::int64_t>(name, data, size)
+         : refuse_token<std::int32_t>(name, data, size);
   }
   values_ = copy_;
 }
@@ -170,19 +194,6 @@ template <class T>
 Argument<T> Argument<T>::optional(const char* name, py::handle object) {
   return object.is_none() ? Argument() : Argument(name, object);
 }
-
-template <class T>
-Argument<T>::~Argument() {
-  if (held_) PyBuffer_Release(&buffer_);
-}
-
-template <class T>
-Argument<T>::Argument(Argument&& other) noexcept
-    : given_(other.given_),
-      held_(std::exchange(other.held_, false)),
-      buffer_(other.buffer_),
-      copy_(std::move(other.copy_)),
-      values_(other.values_) {}
 
 template class Argument<std::int64_t>;
 template class Argument<Token>;

@@ -13,7 +13,25 @@
 
 namespace pagedkv {
 
-// A checked view of a Python argument. Borrows the buffer where its type is already right, else
+// An object's memory by the buffer protocol, until this ends. A view may point into itself, so that
+// only where it was filled it can be read.
+class Buffer {
+ public:
+  Buffer() = default;
+  ~Buffer();
+  Buffer(Buffer&& other) noexcept;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  Buffer& operator=(Buffer&&) = delete;
+
+  const Py_buffer* fill(pybind11::handle object);  // null if the object gives none
+
+ private:
+  bool held_ = false;
+  Py_buffer view_{};
+};
+
+// A checked view of a Python argument. Borrows the memory where its type is already right, else
 // holds a converted copy. Lives as long as the call.
 template <class T>
 class Argument {
@@ -22,11 +40,6 @@ class Argument {
   Argument(const char* name, pybind11::handle object);
   // As above; None gives an absent argument.
   static Argument optional(const char* name, pybind11::handle object);
-  ~Argument();
-  Argument(Argument&& other) noexcept;
-  Argument(const Argument&) = delete;
-  Argument& operator=(const Argument&) = delete;
-  Argument& operator=(Argument&&) = delete;
 
   bool given() const { return given_; }
   std::span<const T> span() const { return values_; }
@@ -34,10 +47,13 @@ class Argument {
  private:
   Argument() = default;
   void read_sequence(const char* name, pybind11::handle object);
+  void read_buffer(const char* name, pybind11::handle object);
+  // `size` native integers, of 8 bytes if `wide`, else of 4.
+  void read_integers(const char* name, const void* data, std::size_t size, bool wide);
 
   bool given_ = false;
-  bool held_ = false;
-  Py_buffer buffer_{};
+  pybind11::object array_;
+  Buffer buffer_;
   std::vector<T> copy_;
   std::span<const T> values_;
 };

@@ -260,7 +260,7 @@ class BlockManager(_Object):
     def lookup(self, tokens: _Buffer, *, salt: bytes | str | None = None) -> PrefixHit:
         """What create() would take. Changes nothing."""
     def append(
-        self, ids: _Buffer, tokens: _Buffer | None = None, *, counts: _Buffer | None = None
+        self, ids: _Buffer, tokens: _Buffer | None = None, counts: _Buffer | None = None
     ) -> StepPlan:
         """Open a step: `counts[b]` new tokens (default 1) for each of `ids`, all or nothing.
 
@@ -274,7 +274,7 @@ class BlockManager(_Object):
         """
     def rollback(self, plan: StepPlan) -> None:
         """Close the step as if it had not been: paths, lengths and counts are as before."""
-    def record(self, ids: _Buffer, tokens: _Buffer, *, counts: _Buffer | None = None) -> None:
+    def record(self, ids: _Buffer, tokens: _Buffer, counts: _Buffer | None = None) -> None:
         """Tell tokens that were appended without: `counts[b]` (default 1) each, in order."""
     def fork(self, id: int, n: int) -> _Int64:
         """n ids that share all of `id`; the first is `id` itself."""
@@ -479,11 +479,10 @@ class HostPool(Pool):
         table_width: int, seq_lens: int, num_kv_heads: int, group: int, scale: float,
         softcap: float, window: int, queries: int, outputs: int,
     ) -> None:  # fmt: skip
-        """Attention of one new token per row, stored as `dtype`, "float32" or "bfloat16".
+        """Attention of one new token per row, K and V being "float32" or "bfloat16".
 
-        Queries and outputs are float32 [rows, num_kv_heads * group, dim]. Softcap and window may
-        be 0: none. Raises ValueError, too, for heads that are no multiple of 8 elements.
-        """
+        Queries and outputs are float32 [rows, num_kv_heads * group, dim], dims multiples of 8;
+        a softcap or window of 0 is none."""
 
 @final
 class SimulatedPool(Pool):

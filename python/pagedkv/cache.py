@@ -268,7 +268,7 @@ class KVCache(Steps):
 
     @property
     def host_pool(self) -> HostPool | None:
-        """The blocks, where they are [P, H, D] in host memory and all work on them is done at once."""
+        """The pool, where blocks are [P, H, D] in host memory and work on them is done at once."""
         return self._pool if self._in_rows and isinstance(self._pool, HostPool) else None
 
     def pools(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:

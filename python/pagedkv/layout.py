@@ -76,7 +76,7 @@ class DevicePool:
 
 
 def _empty(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Bytes; on a CPU from numpy, which asks the system for huge pages: blocks lie far apart."""
+    """Bytes; on a CPU from numpy, which has them mapped in large pieces: blocks lie far apart."""
     if device.type == "cpu":
         return torch.from_numpy(np.empty(num_bytes, np.uint8))
     return torch.empty(num_bytes, dtype=torch.uint8, device=device)

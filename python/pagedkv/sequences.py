@@ -72,7 +72,7 @@ class Sequences:
 
     def record(self, ids: Any, tokens: Any, *, counts: Any = None) -> None:
         """Tell tokens that were appended without: counts[b] (default 1) per sequence, in order."""
-        self._open_manager().record(ids, tokens, counts=counts)
+        self._open_manager().record(ids, tokens, counts)
 
     def release(self, ids: Any) -> None:
         """Forget sequences. Their published blocks stay, as prefix hits, until evicted."""

@@ -45,7 +45,7 @@ class Steps(Sequences):
         self._look()
         manager = self._open_manager()
         self._close_applied()
-        plan = manager.append(ids, tokens, counts=counts)
+        plan = manager.append(ids, tokens, counts)
         try:
             return self._begin(plan, manager)
         except BaseException:

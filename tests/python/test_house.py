@@ -54,7 +54,6 @@ FILE_RATCHET = {
     "python/pagedkv/integrations/transformers.py": 420,
 }
 FUNCTION_RATCHET = {
-    "csrc/bindings/buffers.cpp Argument": 82,
     "csrc/bindings/manager.cpp bind_manager": 144,
     "csrc/core/block_manager_step.cpp append": 83,
 }

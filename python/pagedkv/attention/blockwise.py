@@ -39,7 +39,7 @@ def refusal(kv: KVCache, call: Call) -> str | None:
 
 
 def is_faster(kv: KVCache, call: Call, step: Step) -> bool:
-    """Than gathering all: with the kernel, or from two runs of blocks on, it was, or was as fast."""
+    """Than gathering all: it was with the kernel, and from two runs of blocks on."""
     if takes(kv, call) and any(run[3] == 1 for run in _runs(kv, call, step)):
         return True
     lens = step.plan.seq_lens
@@ -128,9 +128,7 @@ def _row(
     return part
 
 
-def _beams(
-    kv: KVCache, call: Call, step: Step, first: int, last: int, shared: int
-) -> torch.Tensor:
+def _beams(kv: KVCache, call: Call, step: Step, first: int, last: int, shared: int) -> torch.Tensor:
     """Rows [first, last) of one new token each that share blocks: those once for all of them."""
     begin, at = shared * kv.spec.block_size, int(step.plan.query_starts[first])
     q = call.q[at : at + last - first].unflatten(1, (kv.spec.layers[call.layer].num_kv_heads, -1))

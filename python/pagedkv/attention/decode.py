@@ -1,4 +1,4 @@
-"""The extension's own kernel: rows of one new token each, read straight off their blocks, on a CPU."""
+"""The extension's own kernel, for a CPU: rows of one new token each, straight off their blocks."""
 
 from __future__ import annotations
 
