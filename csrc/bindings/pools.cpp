@@ -58,19 +58,23 @@ void attend_rows(const HostPool& pool, std::size_t layer, const std::string& dty
                  std::uintptr_t block_tables, std::int64_t table_stride, std::int32_t num_rows,
                  std::int32_t table_width, std::uintptr_t seq_lens, std::int32_t num_kv_heads,
                  std::int32_t group, float scale, float softcap, std::int32_t window,
-                 std::uintptr_t queries, std::uintptr_t outputs) {
+                 std::int32_t first, std::uintptr_t queries, std::uintptr_t outputs,
+                 std::uintptr_t sums) {
   const TableView table{pointer<const std::int32_t>(block_tables), table_stride, num_rows,
                         table_width};
-  const FloatType type = dtype == "bfloat16" ? FloatType::kBFloat16 : FloatType::kFloat32;
-  const DecodeRows rows{layer,
-                        type,
-                        num_kv_heads,
-                        group,
-                        scale,
-                        softcap,
-                        window,
-                        pointer<const float>(queries),
-                        pointer<float>(outputs)};
+  const DecodeRows rows{
+      .layer = layer,
+      .type = dtype == "bfloat16" ? FloatType::kBFloat16 : FloatType::kFloat32,
+      .num_kv_heads = num_kv_heads,
+      .group = group,
+      .scale = scale,
+      .softcap = softcap,
+      .window = window,
+      .first = first,
+      .queries = pointer<const float>(queries),
+      .outputs = pointer<float>(outputs),
+      .sums = pointer<float>(sums),
+  };
   run(std::int64_t{num_rows} * table_width * 256, [&] {
     attend(pool, table, {pointer<const std::int32_t>(seq_lens), static_cast<std::size_t>(num_rows)},
            rows);
@@ -118,7 +122,8 @@ void bind_pools(py::module_& m) {
       .def("attend", &attend_rows, py::arg("layer"), py::arg("dtype"), py::arg("block_tables"),
            py::arg("table_stride"), py::arg("num_rows"), py::arg("table_width"),
            py::arg("seq_lens"), py::arg("num_kv_heads"), py::arg("group"), py::arg("scale"),
-           py::arg("softcap"), py::arg("window"), py::arg("queries"), py::arg("outputs"));
+           py::arg("softcap"), py::arg("window"), py::arg("first"), py::arg("queries"),
+           py::arg("outputs"), py::arg("sums"));
   py::class_<SimulatedPool, Pool>(m, "SimulatedPool", py::is_final(),
                                   "On the compute stream of a simulated device.")
       .def(py::init([](std::shared_ptr<SimulatedDevice> device, const py::list& regions,

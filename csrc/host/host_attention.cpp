@@ -224,7 +224,7 @@ KV_INLINE void each_tile(const Region& region, const std::int32_t* cells, std::i
 template <FloatType kType>
 KV_INLINE void attend_row(const Shape& shape, const std::int32_t* cells, std::int64_t first,
                           std::int64_t length, const DecodeRows& rows, const float* queries,
-                          float* outputs, Space& space) {
+                          float* outputs, float* sums, Space& space) {
   const std::int64_t heads = rows.num_kv_heads, group = rows.group;
   const std::int64_t k_dim = shape.k_dim, v_dim = shape.v_dim;
   float* const scores = space.scores.data();
@@ -256,6 +256,9 @@ KV_INLINE void attend_row(const Shape& shape, const std::int32_t* cells, std::in
   for (std::int64_t i = 0; i < heads * group; ++i) {
     const float sum = space.norms[static_cast<std::size_t>(i)].sum;
     for (std::int64_t d = 0; d < v_dim; ++d) outputs[i * v_dim + d] /= sum;
+    if (sums != nullptr) {
+      sums[i] = space.norms[static_cast<std::size_t>(i)].largest + std::log(sum);
+    }
   }
 }
 
@@ -267,10 +270,11 @@ KV_INLINE void attend_rows(const Shape& shape, const TableView& table,
   for (std::int64_t b = 0; b < table.num_rows; ++b) {
     const std::int64_t length = seq_lens[static_cast<std::size_t>(b)];
     const std::int64_t first =
-        rows.window > 0 ? std::max<std::int64_t>(length - rows.window, 0) : 0;
+        std::max<std::int64_t>(rows.first, rows.window > 0 ? length - rows.window : 0);
     attend_row<kType>(shape, table.cells + b * table.stride, first, length, rows,
                       rows.queries + b * num_heads * shape.k_dim,
-                      rows.outputs + b * num_heads * shape.v_dim, space);
+                      rows.outputs + b * num_heads * shape.v_dim,
+                      rows.sums == nullptr ? nullptr : rows.sums + b * num_heads, space);
   }
 }
 
@@ -313,6 +317,10 @@ void check_and_run(decltype(&attend_anywhere) run, const HostPool& pool, const T
   if (shape.k_dim % kLanes != 0 || shape.v_dim % kLanes != 0 || rows.group < 1 ||
       shape.values.token_bytes % head_bytes != 0) {
     throw std::invalid_argument("attend: expected heads of a multiple of 8 elements");
+  }
+  const bool all_see = std::ranges::all_of(seq_lens, [&](auto n) { return n > rows.first; });
+  if (rows.first < 0 || !all_see) {
+    throw std::invalid_argument("attend: expected sequences that are longer than what is left out");
   }
   const auto num_heads = static_cast<std::size_t>(rows.num_kv_heads * rows.group);
   const auto tile = static_cast<std::size_t>(shape.block_size * std::max(shape.k_dim, shape.v_dim));

@@ -477,12 +477,12 @@ class HostPool(Pool):
     def attend(
         self, layer: int, dtype: str, block_tables: int, table_stride: int, num_rows: int,
         table_width: int, seq_lens: int, num_kv_heads: int, group: int, scale: float,
-        softcap: float, window: int, queries: int, outputs: int,
+        softcap: float, window: int, first: int, queries: int, outputs: int, sums: int,
     ) -> None:  # fmt: skip
         """Attention of one new token per row, K and V being "float32" or "bfloat16".
 
-        Queries and outputs are float32 [rows, num_kv_heads * group, dim], dims multiples of 8;
-        a softcap or window of 0 is none."""
+        From token `first` on. Queries and outputs are float32 [rows, num_kv_heads * group, dim],
+        dims multiples of 8, `sums` [rows, num_kv_heads * group]. 0 is no softcap, window, sums."""
 
 @final
 class SimulatedPool(Pool):

@@ -20,7 +20,7 @@ struct Case {
   FloatType type = FloatType::kFloat32;
   int block_size = 16, num_kv_heads = 2, group = 1, k_dim = 8, v_dim = 8;
   float scale = 0.3f, softcap = 0;
-  int window = 0;
+  int window = 0, first = 0;
   std::vector<std::int32_t> lengths = {1};
 };
 
@@ -82,14 +82,15 @@ struct Memory {
     return std::bit_cast<float>(word);
   }
 
+  // Outputs, then the sums.
   std::vector<double> expected() const {
-    std::vector<double> outputs;
+    std::vector<double> outputs, sums;
     const int heads = shape.num_kv_heads * shape.group;
     for (int b = 0; b < static_cast<int>(shape.lengths.size()); ++b) {
       const int length = shape.lengths[static_cast<std::size_t>(b)];
       for (int q = 0; q < heads; ++q) {
         const int h = q / shape.group;
-        const int first = shape.window > 0 ? std::max(0, length - shape.window) : 0;
+        const int first = std::max(shape.first, shape.window > 0 ? length - shape.window : 0);
         std::vector<double> scores, total(static_cast<std::size_t>(shape.v_dim));
         for (int t = first; t < length; ++t) {
           double score = 0;
@@ -111,8 +112,10 @@ struct Memory {
           }
         }
         for (const double x : total) outputs.push_back(x / sum);
+        sums.push_back(largest + std::log(sum));
       }
     }
+    outputs.insert(outputs.end(), sums.begin(), sums.end());
     return outputs;
   }
 
@@ -122,15 +125,27 @@ struct Memory {
 
   std::vector<float> found(decltype(&attend) run) const {
     const std::size_t heads = queries.size() / static_cast<std::size_t>(shape.k_dim);
-    std::vector<float> outputs(heads * static_cast<std::size_t>(shape.v_dim), NAN);
-    run(*pool, view(), shape.lengths, rows(outputs.data()));
+    const std::size_t size = heads * static_cast<std::size_t>(shape.v_dim);
+    std::vector<float> outputs(size + heads, NAN);
+    DecodeRows asked = rows(outputs.data());
+    run(*pool, view(), shape.lengths, asked);
+    asked.sums = outputs.data() + size;
+    run(*pool, view(), shape.lengths, asked);
     return outputs;
   }
 
   DecodeRows rows(float* outputs) const {
-    return {0,           shape.type,    shape.num_kv_heads, shape.group,
-            shape.scale, shape.softcap, shape.window,       queries.data(),
-            outputs};
+    return {.layer = 0,
+            .type = shape.type,
+            .num_kv_heads = shape.num_kv_heads,
+            .group = shape.group,
+            .scale = shape.scale,
+            .softcap = shape.softcap,
+            .window = shape.window,
+            .first = shape.first,
+            .queries = queries.data(),
+            .outputs = outputs,
+            .sums = nullptr};
   }
 
   Case shape;
@@ -190,6 +205,12 @@ TEST_CASE("a window hides all that is before it, and a softcap bounds scores") {
   check({.softcap = 0.7f, .window = 21, .lengths = {40}});
 }
 
+TEST_CASE("tokens can be left out at the front") {
+  for (const int first : {1, 16, 30, 299})
+    check({.group = 3, .first = first, .lengths = {300, 310}});
+  check({.window = 9, .first = 20, .lengths = {25, 60}});
+}
+
 TEST_CASE("scores of any size neither overflow nor vanish") {
   for (const float scale : {1e-6f, 100.0f}) check({.scale = scale, .lengths = {5, 300}});
 }
@@ -207,6 +228,7 @@ TEST_CASE(
   for (const auto change : std::vector<void (*)(DecodeRows&)>{
            [](DecodeRows& r) { r.num_kv_heads = 4; }, [](DecodeRows& r) { r.num_kv_heads = 3; },
            [](DecodeRows& r) { r.group = 0; }, [](DecodeRows& r) { r.layer = 1; },
+           [](DecodeRows& r) { r.first = 20; }, [](DecodeRows& r) { r.first = -1; },
            [](DecodeRows& r) { r.type = FloatType::kBFloat16, r.num_kv_heads = 8; }}) {
     DecodeRows changed = rows;
     change(changed);

@@ -32,6 +32,7 @@ OPTIONS += [{"softcap": 3.0, "window": 11}]
 def _small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that few tokens are many runs of blocks, and several tiles of queries."""
     monkeypatch.setattr(blockwise, "RUN_BYTES", 1)
+    monkeypatch.setattr(blockwise, "SHARED_BYTES", 1)
     monkeypatch.setattr(blockwise, "QUERY_TILE", 6)
 
 
@@ -159,7 +160,7 @@ def test_rows_of_one_token_are_read_off_their_blocks(
     monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     """Also long ones, whose softmax runs over several parts, and beams, with nothing gathered."""
-    monkeypatch.setattr(blockwise, "RUN_BYTES", 1 << 20)
+    monkeypatch.setattr(blockwise, "SHARED_BYTES", 1 << 20)
     with world((6, 2), dtype=dtype) as w:
         ids = w.new([300, 1, 0])
         beams = w.kv.fork(ids[0], 3)
@@ -183,8 +184,12 @@ def test_blockwise_gathers_a_run_of_blocks_at_a_time(monkeypatch: pytest.MonkeyP
         assert sum(memory.nbytes for memory, _ in w.kv._workspaces.values()) > 300 * token_bytes
 
 
-def test_blockwise_reads_what_rows_share_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    with world() as w:
+@pytest.mark.parametrize(("dtype", "tails"), [("float32", 0), ("float16", 3)])
+def test_blockwise_reads_what_rows_share_once(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, tails: int
+) -> None:
+    """The kernel reads the rest off its blocks, where there is one."""
+    with world(dtype=dtype) as w:
         read: list[tuple[int, int]] = []
         gather = w.kv.gather_blocks
 
@@ -196,7 +201,7 @@ def test_blockwise_reads_what_rows_share_once(monkeypatch: pytest.MonkeyPatch) -
         beams = w.kv.fork(w.new([40])[0], 3)
         w.check("blockwise", beams, [1, 1, 1])
         assert sum(first < 10 for first, _ in read) == 10  # blocks that all three have
-        assert sum(first >= 10 for first, _ in read) == 3
+        assert sum(first >= 10 for first, _ in read) == tails
 
 
 def call(q: torch.Tensor, **options: Any) -> Call:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["attend", "is_faster", "refusal"]
 
 RUN_BYTES = 4 << 20  # of K and V at a time: more than calls cost, less than processors cache
+SHARED_BYTES = 1 << 20  # of K and V: so many are read once for all rows that share them
 QUERY_TILE = 256  # new tokens at a time, so that scores stay small, too
 
 # Output [H, G, n, v_dim] in float32 and the log-sum-exp of its scores [H, G, n].
@@ -58,7 +59,7 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
         if shared and call.window is None:
             parts.append(_beams(kv, call, step, first, last, shared))
         elif count == 1 and has_kernel:
-            parts.append(decode(kv, call, step, first, last))
+            parts.append(decode(kv, call, step, slice(first, last))[0])
         else:
             parts += _rows(kv, call, step, first, last, count)
     if not parts:
@@ -71,7 +72,7 @@ def _runs(kv: KVCache, call: Call, step: Step) -> list[tuple[int, int, int, int]
 
     Of shared blocks only so many count that reading them once is worth more than one call is.
     """
-    many = RUN_BYTES // (_token_bytes(kv, call) * kv.spec.block_size)
+    many = SHARED_BYTES // (_token_bytes(kv, call) * kv.spec.block_size)
     return step.kept(("runs", many), lambda: _make_runs(step, many))
 
 
@@ -131,12 +132,21 @@ def _row(
 def _beams(kv: KVCache, call: Call, step: Step, first: int, last: int, shared: int) -> torch.Tensor:
     """Rows [first, last) of one new token each that share blocks: those once for all of them."""
     begin, at = shared * kv.spec.block_size, int(step.plan.query_starts[first])
-    q = call.q[at : at + last - first].unflatten(1, (kv.spec.layers[call.layer].num_kv_heads, -1))
-    tails = [
-        _row(kv, call, step, q[i].unsqueeze(2), first + i, int(length) - 1, begin)
-        for i, length in enumerate(step.plan.seq_lens[first:last])
-    ]
-    part: Part = torch.cat([t[0] for t in tails], 2), torch.cat([t[1] for t in tails], 2)
+    heads = kv.spec.layers[call.layer].num_kv_heads
+    q = call.q[at : at + last - first].unflatten(1, (heads, -1))
+    part: Part
+    if takes(kv, call):
+        found, sums = decode(kv, call, step, slice(first, last), begin)
+        part = (
+            found.unflatten(1, (heads, -1)).permute(1, 2, 0, 3),
+            sums.unflatten(1, (heads, -1)).permute(1, 2, 0),
+        )
+    else:
+        tails = [
+            _row(kv, call, step, q[i].unsqueeze(2), first + i, int(length) - 1, begin)
+            for i, length in enumerate(step.plan.seq_lens[first:last])
+        ]
+        part = torch.cat([t[0] for t in tails], 2), torch.cat([t[1] for t in tails], 2)
     together = q.permute(1, 2, 0, 3)  # [H, G, n, k_dim]
     for _, _, k, v in _keys(kv, call, step, first, 0, begin, begin):
         part = _join(part, _attend(kv, call, together, k, v))

@@ -23,19 +23,24 @@ def takes(kv: KVCache, call: Call) -> bool:
     return whole and dtype in _TYPES and kv.host_pool is not None
 
 
-def decode(kv: KVCache, call: Call, step: Step, first: int, last: int) -> torch.Tensor:
-    """Rows [first, last) of the step, of one new token each: float32 [last - first, Hq, v_dim]."""
-    begin, layer = int(step.plan.query_starts[first]), kv.spec.layers[call.layer]
-    q = call.q[begin : begin + last - first].float().contiguous()
-    out = q.new_empty(q.shape[0], q.shape[1], layer.v_dim)
-    tables, lens = step.block_tables[first:last], step.seq_lens[first:last]
+def decode(
+    kv: KVCache, call: Call, step: Step, rows: slice, begin: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the step, of one new token each, to keys from `begin` on.
+
+    Returns float32 [rows, Hq, v_dim] and the log-sum-exp of each one's scores [rows, Hq].
+    """
+    at, layer = int(step.plan.query_starts[rows.start]), kv.spec.layers[call.layer]
+    q = call.q[at : at + rows.stop - rows.start].float().contiguous()
+    out, sums = q.new_empty(*q.shape[:2], layer.v_dim), q.new_empty(q.shape[:2])
+    tables, lens = step.block_tables[rows], step.seq_lens[rows]
     assert kv.host_pool is not None
     kv.host_pool.attend(
         call.layer,
         _TYPES[kv.k(call.layer).dtype],
         tables.data_ptr(),
         tables.stride(0),
-        last - first,
+        len(tables),
         tables.shape[1],
         lens.data_ptr(),
         layer.num_kv_heads,
@@ -43,7 +48,9 @@ def decode(kv: KVCache, call: Call, step: Step, first: int, last: int) -> torch.
         call.scale,
         call.softcap or 0.0,
         call.window or 0,
+        begin,
         q.data_ptr(),
         out.data_ptr(),
+        sums.data_ptr(),
     )
-    return out
+    return out, sums
