@@ -54,7 +54,7 @@ class DevicePool:
             raise InvalidSpec(f'layout is {layout!r}, expected "block_major" or "layer_major"')
         num_bytes = num_blocks * spec.block_bytes
         try:
-            memory = _empty(num_bytes, device)
+            memory = _empty(num_bytes, layout, device)
         except (RuntimeError, MemoryError) as error:
             raise InvalidSpec(
                 f"the pool of {num_bytes} bytes does not fit in the memory of {device}"
@@ -75,9 +75,14 @@ class DevicePool:
         return cls(memory, layers, num_blocks, regions, tuple(block_runs))
 
 
-def _empty(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Bytes; on a CPU from numpy, which has them mapped in large pieces: blocks lie far apart."""
-    if device.type == "cpu":
+def _empty(num_bytes: int, layout: Layout, device: torch.device) -> torch.Tensor:
+    """Bytes, untouched.
+
+    Whole blocks come from numpy on a CPU, which has them mapped in pieces of 2 MiB: writes to one
+    token of each of many sequences then find their way quicker. A first block in pieces would touch
+    as many of those as it has layers.
+    """
+    if device.type == "cpu" and layout == "block_major":
         return torch.from_numpy(np.empty(num_bytes, np.uint8))
     return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
