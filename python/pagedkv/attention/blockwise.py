@@ -59,7 +59,7 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
         if shared and call.window is None:
             parts.append(_beams(kv, call, step, first, last, shared))
         elif count == 1 and has_kernel:
-            parts.append(decode(kv, call, step, slice(first, last))[0])
+            parts.append(decode(kv, call, step, first, last)[0])
         else:
             parts += _rows(kv, call, step, first, last, count)
     if not parts:
@@ -136,7 +136,7 @@ def _beams(kv: KVCache, call: Call, step: Step, first: int, last: int, shared: i
     q = call.q[at : at + last - first].unflatten(1, (heads, -1))
     part: Part
     if takes(kv, call):
-        found, sums = decode(kv, call, step, slice(first, last), begin)
+        found, sums = decode(kv, call, step, first, last, begin)
         part = (
             found.unflatten(1, (heads, -1)).permute(1, 2, 0, 3),
             sums.unflatten(1, (heads, -1)).permute(1, 2, 0),

@@ -24,27 +24,33 @@ def takes(kv: KVCache, call: Call) -> bool:
 
 
 def decode(
-    kv: KVCache, call: Call, step: Step, rows: slice, begin: int = 0
+    kv: KVCache, call: Call, step: Step, first: int, last: int, begin: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the step, of one new token each, to keys from `begin` on.
+    """Rows [first, last) of the step, of one new token each, to keys from `begin` on.
 
-    Returns float32 [rows, Hq, v_dim] and the log-sum-exp of each one's scores [rows, Hq].
+    Returns float32 [last - first, Hq, v_dim] and the log-sum-exp of each one's scores
+    [last - first, Hq].
     """
-    at, layer = int(step.plan.query_starts[rows.start]), kv.spec.layers[call.layer]
-    q = call.q[at : at + rows.stop - rows.start].float().contiguous()
-    out, sums = q.new_empty(*q.shape[:2], layer.v_dim), q.new_empty(q.shape[:2])
-    tables, lens = step.block_tables[rows], step.seq_lens[rows]
-    assert kv.host_pool is not None
-    kv.host_pool.attend(
+    q, layer, num_rows = call.q, kv.spec.layers[call.layer], last - first
+    if num_rows < len(q):
+        at = int(step.plan.query_starts[first])
+        q = q[at : at + num_rows]
+    q = q.float().contiguous()
+    num_heads = q.shape[1]
+    out, sums = q.new_empty(num_rows, num_heads, layer.v_dim), q.new_empty(num_rows, num_heads)
+    tables, pool = step.block_tables, kv.host_pool
+    stride = tables.stride(0)
+    assert pool is not None
+    pool.attend(
         call.layer,
         _TYPES[kv.k(call.layer).dtype],
-        tables.data_ptr(),
-        tables.stride(0),
-        len(tables),
+        tables.data_ptr() + first * stride * tables.element_size(),
+        stride,
+        num_rows,
         tables.shape[1],
-        lens.data_ptr(),
+        step.seq_lens.data_ptr() + first * step.seq_lens.element_size(),
         layer.num_kv_heads,
-        q.shape[1] // layer.num_kv_heads,
+        num_heads // layer.num_kv_heads,
         call.scale,
         call.softcap or 0.0,
         call.window or 0,
