@@ -111,6 +111,27 @@ def test_padding_attends_to_nothing_and_writes_to_the_padding_block() -> None:
         assert rows[0].any()
 
 
+def test_on_a_cpu_only_what_the_step_before_filled_is_cleared() -> None:
+    with cache("cpu") as kv:
+        machine, ids = kv.machine, [kv.create() for _ in range(3)]
+
+        def padded(step: Any, name: str) -> Any:
+            return machine.padded_tensor(step.plan, name, 8)
+
+        with kv.step(ids, [1] * 30, [9, 1, 20]) as step:
+            table, expected = padded(step, "block_tables"), step.plan.block_tables
+            assert table[:3, :5].tolist() == expected.tolist()
+            table[7, 15] = 1  # as nobody does, so that clearing all shows
+        with kv.step(ids[1:2], [3]) as step:
+            assert padded(step, "block_tables") is table
+            assert padded(step, "input_ids").tolist() == [3] + [0] * 7
+            assert table[0, :1].tolist() == step.plan.block_tables[0].tolist()
+            assert table.nonzero().tolist() == [[0, 0], [7, 15]]
+        with kv.step(ids[:2]) as step:
+            assert not padded(step, "input_ids").any()
+            assert padded(step, "seq_lens").tolist() == [10, 3] + [0] * 6
+
+
 def test_windows_and_softcap() -> None:
     torch.manual_seed(0)
     layers = [pk.LayerSpec("sliding", H, D, D, "float32", window=3)]
