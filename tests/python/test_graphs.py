@@ -244,8 +244,8 @@ class FakeGraphs:
         return Graph()
 
     @contextlib.contextmanager
-    def graph(self, graph: Any, stream: str) -> Iterator[None]:
-        self.calls.append(f"capture on {stream}")
+    def graph(self, graph: Any, pool: Any, stream: str) -> Iterator[None]:
+        self.calls.append(f"capture on {stream} into {pool}")
         if self.fails:
             raise RuntimeError("not while capturing")
         yield
@@ -258,8 +258,9 @@ def test_hazard_22_a_call_breaks_the_capture_of_a_graph(monkeypatch: pytest.Monk
         follow = kv._follow
         monkeypatch.setattr(kv, "_follow", lambda: (fake.calls.append("follow"), follow()))
         graph = DecodeGraph(
-            kv, lambda p: (fake.calls.append("model"), p.slots)[1], num_rows=8, width=8
-        )
+            kv, lambda p: (fake.calls.append("model"), p.slots)[1], num_rows=8, width=8,
+            pool=(0, 7),
+        )  # fmt: skip
         monkeypatch.setattr(kv, "device", torch.device("cuda", 1))
         monkeypatch.setattr("pagedkv.graphs.torch.cuda", fake)
         a = kv.create()
@@ -274,7 +275,8 @@ def test_hazard_22_a_call_breaks_the_capture_of_a_graph(monkeypatch: pytest.Monk
                 assert graph(step).shape == (1,)
             if n == 0:
                 assert fake.calls == [
-                    "follow", "model", "capture on a stream of cuda:1", "model", "replay"
+                    "follow", "model", "capture on a stream of cuda:1 into (0, 7)", "model",
+                    "replay",
                 ]  # fmt: skip
                 fake.calls = []
         assert fake.calls == ["follow", "replay"] * 2
