@@ -64,13 +64,18 @@ def verify(
     """One step of the sequence `id`, which holds all of `tokens` but the last, down each branch.
 
     Returns the sequence that goes on, and the tokens that it gained: those of the best branch that
-    greedy decoding gives as well, and the one that it gives after them.
+    greedy decoding gives as well, and the one that it gives after them. Where the step raises, `id`
+    is as it was.
     """
     kv = engine.kv
     ids = kv.fork(id, len(branches)).tolist()
     rows = [tokens[-1:] + branch for branch in branches]
-    with kv.step(ids, [t for row in rows for t in row], list(map(len, rows))) as step:
-        given = engine.forward(step, torch.arange(step.plan.num_tokens)).argmax(-1).tolist()
+    try:
+        with kv.step(ids, [t for row in rows for t in row], list(map(len, rows))) as step:
+            given = engine.forward(step, torch.arange(step.plan.num_tokens)).argmax(-1).tolist()
+    except BaseException:  # too few blocks for so many branches, say
+        kv.release(ids[1:])
+        raise
     best, gained = 0, given[:1]
     for i, branch in enumerate(branches):
         mine, given = given[: len(branch) + 1], given[len(branch) + 1 :]
@@ -87,19 +92,21 @@ def generate(engine: Engine, prompt: list[int], num_new: int, depth: int, width:
     """num_new tokens after the prompt, with trees of up to `width` branches of `depth` tokens."""
     run, kv, begin = Run(), engine.kv, time.perf_counter()
     id, tokens = kv.create(prompt), list(prompt)
-    held = kv.num_cached(id)
-    if held < len(prompt) - 1:
-        with kv.step([id], prompt[held:-1], [len(prompt) - 1 - held]) as step:
-            engine.forward(step, torch.arange(0))
-    while (left := len(prompt) + num_new - len(tokens)) > 0:
-        # A step gives one token more than it accepts.
-        branches = draft(tokens, min(depth, left - 1), width) if depth and left > 1 else []
-        id, gained = verify(engine, id, tokens, branches or [[]])
-        tokens += gained
-        run.num_steps += 1
-        run.num_drafted += sum(map(len, branches))
-        run.num_accepted += len(gained) - 1
-    kv.release([id])
+    try:
+        held = kv.num_cached(id)
+        if held < len(prompt) - 1:
+            with kv.step([id], prompt[held:-1], [len(prompt) - 1 - held]) as step:
+                engine.forward(step, torch.arange(0))
+        while (left := len(prompt) + num_new - len(tokens)) > 0:
+            # A step gives one token more than it accepts.
+            branches = draft(tokens, min(depth, left - 1), width) if depth and left > 1 else []
+            id, gained = verify(engine, id, tokens, branches or [[]])
+            tokens += gained
+            run.num_steps += 1
+            run.num_drafted += sum(map(len, branches))
+            run.num_accepted += len(gained) - 1
+    finally:
+        kv.release([id])
     run.tokens, run.seconds = tokens[len(prompt) :], time.perf_counter() - begin
     return run
 

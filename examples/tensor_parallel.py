@@ -149,8 +149,15 @@ class Scheduler:
         return scores
 
     def move(self, plan: Any) -> None:
-        """Carry a transfer out everywhere; it is complete when the last worker has ended it."""
-        self.carry_out(plan)
+        """Carry a transfer out everywhere; it is complete when the last worker has ended it.
+
+        Where one fails, it counts for nothing anywhere: its sequences are to be restored.
+        """
+        try:
+            self.carry_out(plan)
+        except BaseException:
+            self.manager.abort(plan)
+            raise
         self.manager.complete(plan)
 
     def prefill(self, prompt: Any) -> tuple[int, torch.Tensor]:

@@ -55,7 +55,12 @@ def continuous_batching(network: Any, requests: list[Request]) -> list[list[int]
         done: dict[str, list[int]] = {}
         while len(done) < len(ids):
             result = manager.get_result(timeout=1)
-            if result is not None and result.is_finished():
+            if result is None:
+                if not manager.is_running():
+                    raise RuntimeError("transformers' engine ended before its requests had")
+            elif result.error is not None:
+                raise RuntimeError(f"transformers' engine failed a request: {result.error}")
+            elif result.is_finished():
                 done[result.request_id] = result.generated_tokens
     return [done[i] for i in ids]
 

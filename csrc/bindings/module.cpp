@@ -19,4 +19,5 @@ PYBIND11_MODULE(_core, m) {
   pagedkv::bind_engine(m);
   pagedkv::bind_pools(m);
   pagedkv::bind_cuda(m);
+  pagedkv::make_all_whole(m);
 }

@@ -13,5 +13,6 @@ void bind_manager(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
 void bind_pools(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
+void make_all_whole(pybind11::module_& m);  // after the classes are bound
 
 }  // namespace pagedkv

@@ -224,18 +224,14 @@ void bind_step_plan(py::module_& m) {
   });
   cls.attr("__hash__") = py::none();
   cls.def("__repr__", &repr);
-  cls.def(py::pickle(
-      [](const StepPlanHandle& h) {
-        const StepPlanHandle value = h.state ? value_of(h) : h;
-        return py::make_tuple(value.step, value.value.after, value.arrays);
-      },
-      [](const py::tuple& t) {
-        if (t.size() != 3 || !py::isinstance<py::tuple>(t[2])) {
-          throw InvalidSpec("not the pickle of a StepPlan of this version");
-        }
-        return StepPlanHandle(t[0].cast<std::int64_t>(), t[1].cast<std::int64_t>(),
-                              t[2].cast<py::tuple>());
-      }));
+  // A pickle is the call that makes the value.
+  cls.def(py::init<std::int64_t, std::int64_t, py::tuple>());
+  cls.def("__reduce__", [](const py::object& self) {
+    const auto& h = self.cast<const StepPlanHandle&>();
+    const StepPlanHandle value = h.state ? value_of(h) : h;
+    return py::make_tuple(py::type::of(self),
+                          py::make_tuple(value.step, value.value.after, value.arrays));
+  });
 }
 
 }  // namespace pagedkv

@@ -61,21 +61,17 @@ py::tuple state_of(const TransferPlan& plan) {
 }
 
 template <class T>
-std::vector<T> from_bytes(const py::object& object) {
-  const std::string bytes = object.cast<py::bytes>();
+std::vector<T> from_bytes(const std::string& bytes) {
   if (bytes.size() % sizeof(T) != 0) throw InvalidSpec("not the pickle of a TransferPlan");
   const T* values = reinterpret_cast<const T*>(bytes.data());
   return {values, values + bytes.size() / sizeof(T)};
 }
 
-TransferPlan plan_from(const py::tuple& state) {
-  if (state.size() != 5 || !py::isinstance<py::bytes>(state[2]) ||
-      !py::isinstance<py::bytes>(state[3])) {
-    throw InvalidSpec("not the pickle of a TransferPlan of this version");
-  }
-  return {TransferId{state[0].cast<std::int64_t>()},
-          state[1].cast<bool>() ? Tier::device : Tier::host, from_bytes<BlockCopy>(state[2]),
-          from_bytes<TransferId>(state[3]), state[4].cast<std::int64_t>()};
+// Of the items of state_of().
+TransferPlan plan_from(std::int64_t id, bool to_device, const py::bytes& copies,
+                       const py::bytes& wait_for, std::int64_t after) {
+  return {TransferId{id}, to_device ? Tier::device : Tier::host, from_bytes<BlockCopy>(copies),
+          from_bytes<TransferId>(wait_for), after};
 }
 
 std::string repr(const TransferPlan& plan) {
@@ -105,7 +101,11 @@ void bind_transfer_plan(py::module_& m) {
   });
   cls.def("__hash__", [](const TransferPlan& p) { return py::hash(state_of(p)); });
   cls.def("__repr__", &repr);
-  cls.def(py::pickle(&state_of, &plan_from));
+  // A pickle is the call that makes the value.
+  cls.def(py::init(&plan_from));
+  cls.def("__reduce__", [](const py::object& self) {
+    return py::make_tuple(py::type::of(self), state_of(self.cast<const TransferPlan&>()));
+  });
 
   py::class_<Aborted> aborted(m, "Aborted", py::is_final(), "What abort() took along.");
   aborted.def_property_readonly("transfers", [](const Aborted& a) { return ids_of(a.transfers); });

@@ -10,16 +10,6 @@
 
 namespace pagedkv {
 
-namespace {
-
-CudaStream cuda(Stream stream) {
-  return reinterpret_cast<CudaStream>(static_cast<std::uintptr_t>(stream));
-}
-
-Stream ours(CudaStream stream) { return Stream{reinterpret_cast<std::uintptr_t>(stream)}; }
-
-}  // namespace
-
 CudaDevice::Guard::Guard(CudaDevice& device) : runtime_(*device.runtime_) {
   device.check(runtime_.get_device(&before_), "cudaGetDevice");
   if (before_ == device.options_.index) return;

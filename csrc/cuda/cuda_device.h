@@ -26,6 +26,12 @@
 
 namespace pagedkv {
 
+// A stream here is CUDA's handle of it.
+inline CudaStream cuda(Stream stream) {
+  return reinterpret_cast<CudaStream>(static_cast<std::uintptr_t>(stream));
+}
+inline Stream ours(CudaStream stream) { return Stream{reinterpret_cast<std::uintptr_t>(stream)}; }
+
 struct CudaOptions {
   int index = 0;
   PinnedOptions pinned = {};

@@ -13,10 +13,6 @@ namespace {
 
 constexpr std::int64_t kMostPieceBytes = std::int64_t{64} << 10;  // of a kernel's work on one run
 
-CudaStream cuda(Stream stream) {
-  return reinterpret_cast<CudaStream>(static_cast<std::uintptr_t>(stream));
-}
-
 // Streams that CUDA refuses batched copies on: the legacy default stream, by its two names.
 bool is_legacy(CudaStream stream) { return reinterpret_cast<std::uintptr_t>(stream) <= 1; }
 

@@ -7,10 +7,6 @@ namespace pagedkv {
 
 namespace {
 
-constexpr std::size_t kAlign = 64;
-
-std::size_t round_up(std::size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
-
 std::size_t table_bytes(const StepShape& shape) {
   return round_up(sizeof(std::int32_t) * static_cast<std::size_t>(shape.max_batch) *
                   static_cast<std::size_t>(shape.table_stride));

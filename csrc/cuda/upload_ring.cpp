@@ -6,14 +6,6 @@
 
 namespace pagedkv {
 
-namespace {
-
-constexpr std::size_t kAlign = 64;
-
-std::size_t round_up(std::size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
-
-}  // namespace
-
 UploadRing::UploadRing(CudaDevice& device, std::shared_ptr<CudaRuntime> runtime, std::size_t bytes)
     : device_(device), runtime_(std::move(runtime)) {
   allocate(round_up(bytes));
@@ -85,7 +77,7 @@ void UploadRing::release(const Slice& slice, CudaStream stream) {
   const auto begin = static_cast<std::size_t>(slice.host - host_->data());
   Event until = Event::none;
   try {
-    until = device_.record(Stream{reinterpret_cast<std::uintptr_t>(stream)});
+    until = device_.record(ours(stream));
   } catch (const DeviceError&) {
     device_.synchronize(stream);  // no event guards the slice, so nobody may still use it
     throw;

@@ -18,6 +18,9 @@ namespace pagedkv {
 
 class CudaDevice;
 
+// Where what goes up begins, in the ring and on the device: at multiples of 64 bytes.
+constexpr std::size_t round_up(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
 class UploadRing {
  public:
   UploadRing(CudaDevice& device, std::shared_ptr<CudaRuntime> runtime, std::size_t bytes);

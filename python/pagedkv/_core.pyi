@@ -591,8 +591,7 @@ class SimulatedCuda(CudaRuntime):
         """The k-th copy from now fails half way, and the device is lost."""
     @property
     def violations(self) -> list[str]:
-        """Pairs of accesses by copies, one of them a write, that nothing orders. Kernels are judged
-        by contents alone."""
+        """Pairs of accesses by copies, one of them a write, that nothing orders. Not of kernels."""
     @property
     def num_pending(self) -> int: ...
     @property

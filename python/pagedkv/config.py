@@ -8,6 +8,7 @@ class. `ModelConfig` hides all three. Needs no torch and no transformers.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -51,10 +52,11 @@ _SAME = {
 _OF_ITS_OWN = ("hidden_size", "num_hidden_layers")  # no default: a file without is not a config
 
 
-def check_int(name: str, value: object, least: int = 1) -> int:
-    """`value` if it is an int of `least` or more; raises InvalidSpec naming it otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InvalidSpec(f"{name} is {value!r}, expected an int of {least} or more")
+def check_int(name: str, value: object, least: int = 1, most: float = math.inf) -> int:
+    """`value` if it is an int from `least` to `most`; raises InvalidSpec naming it otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        end = "or more" if most == math.inf else f"to {most}"
+        raise InvalidSpec(f"{name} is {value!r}, expected an int of {least} {end}")
     return value
 
 

@@ -12,7 +12,7 @@ called each time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -84,6 +84,9 @@ class DecodeGraph:
             that alone, and it writes every layer.
         num_rows: at most max_batch.
         width: tokens, at most max_model_len.
+        pool: memory that the capture allocates from, such as torch.cuda.graph_pool_handle(); None
+            for one of its own. Graphs that share it reuse each other's memory, so that a call of
+            one may overwrite what another has returned.
 
     On a GPU the first call runs the model, captures it and replays that, as later ones do. No call
     keeps gradients.
@@ -93,8 +96,9 @@ class DecodeGraph:
     """
 
     def __init__(
-        self, kv: KVCache, model: Callable[[Padded], torch.Tensor], *, num_rows: int, width: int
-    ) -> None:
+        self, kv: KVCache, model: Callable[[Padded], torch.Tensor], *, num_rows: int, width: int,
+        pool: Any = None,
+    ) -> None:  # fmt: skip
         for name, value, most in (
             ("num_rows", num_rows, kv.manager.max_batch),
             ("width", width, kv.manager.max_model_len),
@@ -104,7 +108,7 @@ class DecodeGraph:
         if any(scales != (1.0, 1.0) for scales in kv.scales):
             raise InvalidSpec("the cache has scales, which a graph does not apply: expected none")
         self._kv, self._model = kv, model
-        self._num_rows, self._width = num_rows, width
+        self._num_rows, self._width, self._pool = num_rows, width, pool
         self._pool_at = self._pools()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: torch.Tensor | None = None
@@ -136,7 +140,8 @@ class DecodeGraph:
         with torch.cuda.device(self._kv.device):
             self._model(padded)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=torch.cuda.Stream(self._kv.device)):
+            stream = torch.cuda.Stream(self._kv.device)
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
                 output = self._model(padded)
         self._graph, self._output = graph, output
 

@@ -55,7 +55,7 @@ class Machine:
     holds = False
 
     def __init__(self) -> None:
-        self._padded: dict[tuple[str, int], torch.Tensor] = {}
+        self._padded: dict[tuple[str, int], tuple[torch.Tensor, tuple[slice, ...]]] = {}
         self._table_stride = 0
 
     def see(self, manager: BlockManager) -> None:
@@ -117,12 +117,15 @@ class Machine:
         host = getattr(plan, name)
         shape = (num_rows, self._table_stride) if name == "block_tables" else (num_rows,)
         dtype = torch.int32 if name in ("block_tables", "seq_lens") else torch.int64
-        key = name, num_rows
+        key, nothing = (name, num_rows), (slice(0),)
         if key not in self._padded:
-            self._padded[key] = torch.zeros(shape, dtype=dtype)
-        found = self._padded[key].zero_()
-        if host is not None and host.size:
-            found[tuple(slice(n) for n in host.shape)] = torch.from_numpy(host)
+            self._padded[key] = torch.zeros(shape, dtype=dtype), nothing
+        found, filled = self._padded[key]
+        found[filled] = 0  # alone: tables are mostly padding
+        filled = nothing if host is None else tuple(slice(n) for n in host.shape)
+        if host is not None:
+            found[filled] = torch.from_numpy(host)
+        self._padded[key] = found, filled
         return found
 
     def free_bytes(self) -> int:

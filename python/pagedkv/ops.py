@@ -10,13 +10,17 @@ With torch.compile(dynamic=True), torch._dynamo.mark_static() the pools: else th
 for variable too, which torch (2.13) confuses for two views of one memory. Without `dynamic` torch
 sees by itself what varies.
 
+Before a capture, run one of them, outside of it, on each layer's pools, as a model's warm-up does:
+the first use of a layer allocates, and uploads where its blocks are, which a capture refuses. That
+stays for good, since a captured copy_blocks reads it at each replay.
+
 On a GPU nobody can look at slots and tables before they are used: a slot outside the pool is an
 illegal access there, where the CPU raises.
 """
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module
 from typing import NamedTuple, NoReturn
 
@@ -43,7 +47,10 @@ copy_blocks = torch.ops.pagedkv.copy_blocks.default
 
 
 class _Layer(NamedTuple):
-    """A layer's two pools, by their addresses alone: it outlives the tensors idly."""
+    """A layer's two pools, by their addresses alone: it outlives the tensors idly.
+
+    No pool is ever given back: a captured graph may read its regions, which are on the device.
+    """
 
     pool: Pool
     device: CudaDevice | None
@@ -52,7 +59,7 @@ class _Layer(NamedTuple):
     item_bytes: int
 
 
-@lru_cache(maxsize=4096)
+@cache
 def _layer(
     k_at: int,
     v_at: int,

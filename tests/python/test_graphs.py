@@ -111,6 +111,27 @@ def test_padding_attends_to_nothing_and_writes_to_the_padding_block() -> None:
         assert rows[0].any()
 
 
+def test_on_a_cpu_only_what_the_step_before_filled_is_cleared() -> None:
+    with cache("cpu") as kv:
+        machine, ids = kv.machine, [kv.create() for _ in range(3)]
+
+        def padded(step: Any, name: str) -> Any:
+            return machine.padded_tensor(step.plan, name, 8)
+
+        with kv.step(ids, [1] * 30, [9, 1, 20]) as step:
+            table, expected = padded(step, "block_tables"), step.plan.block_tables
+            assert table[:3, :5].tolist() == expected.tolist()
+            table[7, 15] = 1  # as nobody does, so that clearing all shows
+        with kv.step(ids[1:2], [3]) as step:
+            assert padded(step, "block_tables") is table
+            assert padded(step, "input_ids").tolist() == [3] + [0] * 7
+            assert table[0, :1].tolist() == step.plan.block_tables[0].tolist()
+            assert table.nonzero().tolist() == [[0, 0], [7, 15]]
+        with kv.step(ids[:2]) as step:
+            assert not padded(step, "input_ids").any()
+            assert padded(step, "seq_lens").tolist() == [10, 3] + [0] * 6
+
+
 def test_windows_and_softcap() -> None:
     torch.manual_seed(0)
     layers = [pk.LayerSpec("sliding", H, D, D, "float32", window=3)]
@@ -223,8 +244,8 @@ class FakeGraphs:
         return Graph()
 
     @contextlib.contextmanager
-    def graph(self, graph: Any, stream: str) -> Iterator[None]:
-        self.calls.append(f"capture on {stream}")
+    def graph(self, graph: Any, pool: Any, stream: str) -> Iterator[None]:
+        self.calls.append(f"capture on {stream} into {pool}")
         if self.fails:
             raise RuntimeError("not while capturing")
         yield
@@ -237,8 +258,9 @@ def test_hazard_22_a_call_breaks_the_capture_of_a_graph(monkeypatch: pytest.Monk
         follow = kv._follow
         monkeypatch.setattr(kv, "_follow", lambda: (fake.calls.append("follow"), follow()))
         graph = DecodeGraph(
-            kv, lambda p: (fake.calls.append("model"), p.slots)[1], num_rows=8, width=8
-        )
+            kv, lambda p: (fake.calls.append("model"), p.slots)[1], num_rows=8, width=8,
+            pool=(0, 7),
+        )  # fmt: skip
         monkeypatch.setattr(kv, "device", torch.device("cuda", 1))
         monkeypatch.setattr("pagedkv.graphs.torch.cuda", fake)
         a = kv.create()
@@ -253,7 +275,8 @@ def test_hazard_22_a_call_breaks_the_capture_of_a_graph(monkeypatch: pytest.Monk
                 assert graph(step).shape == (1,)
             if n == 0:
                 assert fake.calls == [
-                    "follow", "model", "capture on a stream of cuda:1", "model", "replay"
+                    "follow", "model", "capture on a stream of cuda:1 into (0, 7)", "model",
+                    "replay",
                 ]  # fmt: skip
                 fake.calls = []
         assert fake.calls == ["follow", "replay"] * 2

@@ -176,6 +176,19 @@ def test_wrong_arguments_name_themselves(change: dict[str, Any], message: str) -
     assert torch.equal(memory, before)
 
 
+def test_a_layer_keeps_its_pool_however_many_follow() -> None:
+    """As a captured graph needs it, which reads what the pool has on the device."""
+    memory = torch.zeros(5000 + P * H * D)
+
+    def pool(at: int) -> Any:
+        part = memory[at : at + P * H * D].view(1, P, H, D)
+        return ops._layer_of(part, part).pool
+
+    first = pool(0)
+    assert all(pool(at) is not first for at in range(1, 5000))
+    assert pool(0) is first
+
+
 def test_what_is_outside_the_pool_is_refused_on_the_cpu() -> None:
     k_pool, v_pool, memory = pools("block_major", "cpu")
     before = memory.clone()

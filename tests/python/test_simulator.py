@@ -337,7 +337,8 @@ def test_arrivals_at_a_rate() -> None:
         ({"samples": 2, "beams": 2}, "choose one"),
         ({"samples": 300}, "max_batch is 256"),
         ({"preempt": "drop"}, "preempt is 'drop'"),
-        ({"seed": True}, "seed is True"),
+        ({"seed": True}, "seed is True, expected an int of 0 to 1099511627776"),
+        ({"num_slots": 2**40 + 1}, "expected an int of 1 to 1099511627776"),
         ({"max_model_len": 0}, "max_model_len is 0"),
     ],
 )

@@ -91,6 +91,24 @@ def test_of_a_tree_the_branch_that_came_furthest_is_kept(right: int, place: int)
         kv.manager.verify()
 
 
+def test_branches_that_find_no_blocks_leave_none_behind() -> None:
+    prompt = prompts(DemoModel("tiny", network()), 1)[0]
+    num_blocks = -(-len(prompt) // 4) + 2  # for one branch
+    spec = pk.KVSpec.from_config(network().config, dtype="float32", block_size=4)
+    with pk.KVCache(spec, num_device_blocks=num_blocks) as kv:
+        engine, id = Engine(network(), kv), kv.create()
+        with kv.step([id], prompt[:-1], [len(prompt) - 1]) as step:
+            engine.forward(step, torch.arange(0))
+        with pytest.raises(pk.OutOfBlocks):
+            speculative.verify(engine, id, prompt, [[1] * 4, [2] * 4, [3] * 4, [4] * 4])
+        assert (kv.stats().num_sequences, kv.length(id)) == (1, len(prompt) - 1)
+        assert speculative.verify(engine, id, prompt, [[]])[1] == greedy(prompt)[:1]
+        with pytest.raises(pk.OutOfBlocks):
+            speculative.generate(engine, prompt, NEW, 6, 4)
+        assert kv.stats().num_sequences == 1
+        kv.manager.verify()
+
+
 def test_drafts_are_what_followed_before() -> None:
     draft = speculative.draft
     assert draft([1, 2, 3, 4, 5, 1, 2, 3], 3, 1) == [[4, 5, 1]]

@@ -147,6 +147,32 @@ def test_the_model_of_one_process_is_right() -> None:
     assert [[*prompt, *text] for text in found] == texts
 
 
+def test_a_transfer_that_a_worker_fails_counts_for_nothing() -> None:
+    worker = tp.Worker(0, 1)
+    fails = True
+
+    def carry_out(plan: Any) -> list[Any]:
+        found = [worker.carry_out(plan)]
+        if fails and not isinstance(plan, pk.StepPlan):
+            raise EOFError("another worker has died")
+        return found
+
+    scheduler = tp.Scheduler(carry_out)
+    manager, prompt = scheduler.manager, np.arange(40)
+    sequence, expected = scheduler.prefill(prompt)
+    with pytest.raises(EOFError):
+        scheduler.move(manager.swap_out([sequence]))
+    assert manager.waits_for(sequence) is None
+    assert manager.stats().host.num_active == 0
+    manager.verify()
+    fails = False
+    manager.restore([sequence])
+    rest = prompt[manager.num_cached(sequence) :]
+    torch.testing.assert_close(scheduler.step([sequence], rest, [len(rest)]), expected)
+    scheduler.move(manager.swap_out([sequence]))
+    assert manager.tier(sequence) == "host"
+
+
 def test_the_example_runs() -> None:
     found = subprocess.run(
         [sys.executable, str(EXAMPLE)], capture_output=True, text=True, timeout=300, check=False

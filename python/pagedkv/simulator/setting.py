@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pagedkv.config import check_int
 from pagedkv.errors import InvalidSpec
 
 __all__ = ["POLICIES", "SimulationSetting"]
+
+_MOST = 2**40  # of any number
 
 # In the order in which they are shown; each paged one adds to those before it.
 POLICIES = {
@@ -56,14 +59,13 @@ class SimulationSetting:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_slots", "block_size", "token_bytes", "max_batch", "samples", "beams"):
-            _check_int(name, getattr(self, name), 1)
+        for name in ("num_slots", "token_bytes", "max_batch", "samples", "beams"):
+            check_int(name, getattr(self, name), 1, _MOST)
         for name in ("host_slots", "max_model_len"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 0 if name == "host_slots" else 1)
-        _check_int("seed", self.seed, 0)
-        if self.block_size > 4096:
-            raise InvalidSpec(f"block_size is {self.block_size}, expected 1 to 4096")
+                check_int(name, getattr(self, name), 0 if name == "host_slots" else 1, _MOST)
+        check_int("seed", self.seed, 0, _MOST)
+        check_int("block_size", self.block_size, 1, 4096)
         if self.num_slots < self.block_size:
             raise InvalidSpec(f"num_slots is {self.num_slots}, expected a block or more")
         for name, value in (("watermark", self.watermark), ("beam_switch", self.beam_switch)):
@@ -96,8 +98,3 @@ class SimulationSetting:
     @property
     def watermark_blocks(self) -> int:
         return int(self.num_blocks * self.watermark)
-
-
-def _check_int(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**40:
-        raise InvalidSpec(f"{name} is {value!r}, expected an integer of {least} or more")
