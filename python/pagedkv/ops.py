@@ -22,12 +22,13 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 
 from pagedkv._core import CudaDevice, CudaPool, HostPool, Pool
 from pagedkv.errors import InvalidSpec
+from pagedkv.writes import Stored
 
 __all__ = ["copy_blocks", "gather", "write"]
 
@@ -46,50 +47,51 @@ gather = torch.ops.pagedkv.gather.default
 copy_blocks = torch.ops.pagedkv.copy_blocks.default
 
 
-class _Layer(NamedTuple):
+class _Layer:
     """A layer's two pools, by their addresses alone: it outlives the tensors idly.
 
     No pool is ever given back: a captured graph may read its regions, which are on the device.
     """
 
-    pool: Pool
-    device: CudaDevice | None
-    k_token: tuple[int, ...]  # heads, dim
-    v_token: tuple[int, ...]
-    item_bytes: int
-
-
-@cache
-def _layer(
-    k_at: int,
-    v_at: int,
-    k_shape: tuple[int, ...],
-    v_shape: tuple[int, ...],
-    k_stride: tuple[int, ...],
-    v_stride: tuple[int, ...],
-    dtype: torch.dtype,
-    v_dtype: torch.dtype,
-    index: int | None,
-) -> _Layer:
-    regions, size = [], dtype.itemsize
-    for at, shape, stride in ((k_at, k_shape, k_stride), (v_at, v_shape, v_stride)):
-        if len(shape) != 4 or stride[1:] != (shape[2] * shape[3], shape[3], 1):
+    def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        for part in (k, v):
+            shape, stride = part.shape, part.stride()
+            if len(shape) != 4 or stride[1:] != (shape[2] * shape[3], shape[3], 1):
+                raise InvalidSpec(
+                    f"the pool is {list(shape)} with strides {list(stride)}, expected [N, P, H, D] "
+                    "with the tokens of a block one behind the other"
+                )
+        if k.shape[:2] != v.shape[:2] or k.dtype != v.dtype:
             raise InvalidSpec(
-                f"the pool is {list(shape)} with strides {list(stride)}, expected [N, P, H, D] "
-                "with the tokens of a block one behind the other"
+                f"k_pool is {k.dtype} {list(k.shape)} and v_pool {v.dtype} {list(v.shape)}: they "
+                "are not one layer's"
             )
-        regions.append((at, stride[0] * size, shape[2] * shape[3] * size))
-    if k_shape[:2] != v_shape[:2] or dtype != v_dtype:
-        raise InvalidSpec(
-            f"k_pool is {dtype} {list(k_shape)} and v_pool {v_dtype} {list(v_shape)}: they are not "
-            "one layer's"
+        self._k, self._v = (k.shape, k.stride()), (v.shape, v.stride())
+        self._dtype, self._index = k.dtype, k.device.index
+        self.stored, size = Stored(k, v), k.element_size()
+        token_bytes = self.stored.k_bytes, self.stored.v_bytes
+        regions = [
+            (part.data_ptr(), part.stride(0) * size, token)
+            for part, token in zip((k, v), token_bytes, strict=True)
+        ]
+        num_blocks, block_size = k.shape[:2]
+        self.device = _device(k.device.index) if k.is_cuda else None
+        self.pool: Pool = HostPool(regions, num_blocks, block_size)
+        if self.device is not None:
+            self.pool = CudaPool(self.device, regions, num_blocks, block_size, 0, 0, 0, 0)
+
+    def is_of(self, k: torch.Tensor, v: torch.Tensor) -> bool:
+        """Whether these, which are where its pools were, are seen as those were."""
+        return (
+            k.shape == self._k[0]
+            and v.shape == self._v[0]
+            and k.stride() == self._k[1]
+            and v.stride() == self._v[1]
+            and k.dtype is v.dtype is self._dtype
         )
-    size_of = k_shape[0], k_shape[1]
-    device = None if index is None else _device(index)
-    pool: Pool = HostPool(regions, *size_of)
-    if device is not None:
-        pool = CudaPool(device, regions, *size_of, 0, 0, 0, 0)
-    return _Layer(pool, device, tuple(k_shape[2:]), tuple(v_shape[2:]), size)
+
+
+_layers: dict[tuple[int, int], list[_Layer]] = {}  # by the addresses of their pools
 
 
 @cache
@@ -98,10 +100,13 @@ def _device(index: int) -> CudaDevice:
 
 
 def _layer_of(k: torch.Tensor, v: torch.Tensor) -> _Layer:
-    at = k.data_ptr(), v.data_ptr(), k.shape, v.shape, k.stride(), v.stride(), k.dtype, v.dtype
-    if not k.is_cuda:
-        return _layer(*at, None)
-    layer = _layer(*at, k.device.index)
+    there = _layers.setdefault((k.data_ptr(), v.data_ptr()), [])
+    for layer in there:
+        if layer.is_of(k, v):
+            break
+    else:
+        layer = _Layer(k, v)
+        there.append(layer)
     if layer.device is not None:
         layer.device.use_stream(torch._C._cuda_getCurrentRawStream(layer.device.index))
     return layer
@@ -122,23 +127,24 @@ def _write(
     slots: torch.Tensor,
 ) -> None:
     """Token t of k and v [T, H, D] goes to slots[t] (int64 [T]) of a layer's pools [N, P, H, D]."""
-    pool, _, k_token, v_token, size = _layer_of(k_pool, v_pool)
-    (num_tokens,) = slots.shape
-    if slots.dtype != torch.int64 or slots.stride() != (1,):
+    layer = _layer_of(k_pool, v_pool)
+    stored, num_tokens = layer.stored, slots.numel()
+    if slots.dtype is not torch.int64 or slots.dim() != 1 or not slots.is_contiguous():
         _refuse("slots", slots, "contiguous int64 [T]")
-    if k.shape != (num_tokens, *k_token) or k.dtype != k_pool.dtype:
-        _refuse("k", k, f"{k_pool.dtype} {[num_tokens, *k_token]}")
-    if v.shape != (num_tokens, *v_token) or v.dtype != v_pool.dtype:
-        _refuse("v", v, f"{v_pool.dtype} {[num_tokens, *v_token]}")
-    k_stride, v_stride = k.stride(), v.stride()
-    if k_stride[1:] != (k_token[1], 1):
-        k = k.contiguous()
-        k_stride = k.stride()
-    if v_stride[1:] != (v_token[1], 1):
-        v = v.contiguous()
-        v_stride = v.stride()
-    k_at, v_at = k.data_ptr(), v.data_ptr()
-    pool.write(0, slots.data_ptr(), num_tokens, k_at, k_stride[0] * size, v_at, v_stride[0] * size)
+    if not stored.matches(k, v, num_tokens):
+        k, v = (
+            _rows(name, source, part, num_tokens)
+            for name, source, part in (("k", k, k_pool), ("v", v, v_pool))
+        )
+    at = k.data_ptr(), stored.k_bytes, v.data_ptr(), stored.v_bytes
+    layer.pool.write(0, slots.data_ptr(), num_tokens, *at)
+
+
+def _rows(name: str, source: torch.Tensor, pool: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    expected = (num_tokens, *pool.shape[2:])
+    if source.shape != expected or source.dtype != pool.dtype:
+        _refuse(name, source, f"{pool.dtype} {list(expected)}")
+    return source.contiguous()
 
 
 def _gather(
