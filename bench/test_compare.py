@@ -14,6 +14,7 @@ import pytest
 
 import compare
 import compare_report
+import workloads
 from drive_floor import Floor
 from drive_pagedkv import PagedKV
 from workloads import SIZES, WORKLOADS, Driver
@@ -56,6 +57,22 @@ def test_a_driver_is_a_script_that_prints_json() -> None:
     system = compare.System("floor", "drive_floor.py")
     assert len(compare.measure(system, "admit", "small")["values"]) == 2 * SIZES["small"].rounds
     assert set(compare.measure(system, "trace", "small")) == {"cannot"}
+
+
+def test_what_a_destructor_raises_fails_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Held:
+        def __del__(self) -> None:
+            raise AssertionError("not drained")
+
+    class Careless(Floor):
+        def admit(self, prompt: Any) -> Any:
+            Held()
+            return super().admit(prompt)
+
+    monkeypatch.setattr(sys, "argv", ["drive", "admit", "--size", "small"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back afterwards
+    with pytest.raises(RuntimeError, match=r"times in a destructor: AssertionError.*not drained"):
+        workloads.main(Careless())
 
 
 def rounds_of(*values: tuple[float, float]) -> list[dict[str, dict[str, Any]]]:

@@ -98,11 +98,14 @@ class SglangTree(Driver):
     def free(self, step: Any, gone: dict[Any, int]) -> None:
         for kind, count in step.tracker.items():
             gone[kind] = gone.get(kind, 0) + count
-        for slots in [s for found in step.device_frees.values() for s in found]:
-            self.pages.free_segment(slots, start_pos=0)
+        for found in step.device_frees.values():
+            for slots in found:
+                self.pages.free_segment(slots, start_pos=0)
+        step.device_frees.clear()  # a result that is given up with something left in it complains
         for action in step.cache_actions:
             for slots in getattr(action, "indices", None) or ():
                 self.pages.free_segment(slots, start_pos=0)
+        step.cache_actions.clear()
 
     def release(self, handle: None) -> None:
         pass

@@ -277,5 +277,9 @@ def main(driver: Driver) -> None:
     if (why := driver.cannot.get(options.workload)) is not None:
         print(json.dumps({"cannot": why}))
         return
+    swallowed: list[str] = []
+    sys.unraisablehook = lambda raised: swallowed.append(repr(raised.exc_value))
     values = WORKLOADS[options.workload].run(driver, SIZES[options.size])
+    if swallowed:  # what a destructor raised: the work is not done as it should be
+        raise RuntimeError(f"{len(swallowed)} times in a destructor: {swallowed[0]}")
     print(json.dumps({"values": values}))
