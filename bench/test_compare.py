@@ -25,8 +25,7 @@ RESULTS = compare.BENCH / "results"
 @pytest.mark.parametrize("workload", list(WORKLOADS))
 @pytest.mark.parametrize("driver", [PagedKV(), Floor()], ids=["pagedkv", "floor"])
 def test_work_at_a_small_size(workload: str, driver: Driver) -> None:
-    if workload in driver.cannot:
-        pytest.skip(driver.cannot[workload])
+    assert not driver.cannot
     values = WORKLOADS[workload].run(driver, SIZES["small"])
     assert values
     # What a process grows by at a small size is the allocator's to say, and may be below 0.
@@ -56,7 +55,52 @@ def test_the_work_is_what_it_says() -> None:
 def test_a_driver_is_a_script_that_prints_json() -> None:
     system = compare.System("floor", "drive_floor.py")
     assert len(compare.measure(system, "admit", "small")["values"]) == 2 * SIZES["small"].rounds
-    assert set(compare.measure(system, "trace", "small")) == {"cannot"}
+
+
+def test_a_driver_says_what_it_cannot(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unable(Floor):
+        cannot = {"beam": "has no fork"}  # noqa: RUF012
+
+    monkeypatch.setattr(sys, "argv", ["drive", "beam"])
+    workloads.main(Unable())
+    assert json.loads(capsys.readouterr().out) == {"cannot": "has no fork"}
+
+
+def test_a_swap_out_finds_nothing_left_on_the_host() -> None:
+    told: list[str] = []
+
+    class Telling(Floor):
+        def before_swap(self) -> None:
+            told.append("before")
+
+        def swap(self, handle: Any) -> Any:
+            return lambda: told.append("out"), lambda: told.append("in")
+
+    for workload in ("swap_out", "swap_in"):
+        WORKLOADS[workload].run(Telling(), SIZES["small"])
+        assert told == ["before", "out", "in"] * (1 + SIZES["small"].rounds)
+        told.clear()
+
+
+PEERS = [
+    (system, workload)
+    for system in compare.MANAGERS
+    for workload in ("decode", "evict", "swap_out", "swap_in", "trace")
+    if system.packages
+]
+
+
+@pytest.mark.parametrize(
+    ("system", "workload"), PEERS, ids=[f"{s.name}-{workload}" for s, workload in PEERS]
+)
+def test_a_peer_does_the_work(system: compare.System, workload: str) -> None:
+    """Its driver raises where the work was not done, and says what it has no means for."""
+    if not (system.folder / "packages.txt").is_file():
+        pytest.skip(f"{system.packages[0]} is not installed into {system.folder}")
+    found = compare.measure(system, workload, "small")
+    assert "cannot" in found or min(found["values"]) > 0, found
 
 
 def test_what_a_destructor_raises_fails_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
