@@ -8,13 +8,16 @@ attention takes it as it is, so reading it costs nothing.
 A swap is HiCache's of a leaf of the tree, with write-back: out, the loop of an eviction with the
 leaf's backup, host slots, both commits and the device's slots freed; in, a match, the locks, device
 slots, the commit and the slots gathered. Nothing is copied and nobody waited for.
+
+In the trace every request is a batch of one: an admission also takes a row, allocates as its
+scheduler does for an extension and locks what it matched; a release publishes what was appended.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import distribution
 from threading import RLock
@@ -31,7 +34,7 @@ leave_out(*GPU_ONLY, *UNUSED)
 bare_package("sglang", str(distribution("sglang").locate_file("sglang")))
 
 import torch
-from sglang.srt.mem_cache.allocation import alloc_for_decode_default
+from sglang.srt.mem_cache.allocation import alloc_paged_token_slots_extend
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -40,40 +43,22 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.rust_tree_core.adapter import RustUnifiedTreeCore
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
+from sglang_batch import Batch, Request, Rows
 from workloads import BLOCK_SIZE, Driver, main
 
 FULL = ComponentType.FULL
-MAX_TOKENS = 140_000  # of a sequence
 
 
 @dataclass(slots=True)
-class Lengths:
-    """Of its ReqKvInfo what a decode step touches."""
+class Sequence:
+    """A request in a batch of its own, its row, and what of it the tree has and keeps for it."""
 
-    kv_committed_len: int
-    kv_allocated_len: int
-
-
-@dataclass(slots=True)
-class Request:
-    """Of its Req what a decode step touches."""
-
-    kv: Lengths
-    decode_batch_idx: int = 0
-    output_ids: Any = field(default_factory=lambda: array("q"))
-
-
-class Rows:
-    """Its ReqToTokenPool: row 0 is padding."""
-
-    def __init__(self, num_requests: int) -> None:
-        self.req_to_token = torch.zeros((1 + num_requests, MAX_TOKENS), dtype=torch.int32)
-
-    def write(self, indices: Any, values: Any) -> None:
-        self.req_to_token[indices] = values
-
-    def alloc_aux_to_lengths(self, **lengths: Any) -> None:
-        pass
+    prompt: Any
+    batch: Batch
+    row: int
+    node: Any
+    lock: Any
+    in_tree: int  # tokens
 
 
 class HostSlots:
@@ -96,7 +81,6 @@ class SglangTree(Driver):
 
     cannot = {  # noqa: RUF012
         "beam": "its beam search asks for --page-size 1, blocks of one token",
-        "trace": "a row of its scheduler's batch is no sequence that can be taken by itself",
     }
 
     def open(self, num_blocks: int, workload: str) -> None:
@@ -112,12 +96,29 @@ class SglangTree(Driver):
         )
         self.tree = RustUnifiedTreeCore(parameters)
         self.root = self.tree.root_node_handle()
+        self.cache = SimpleNamespace(
+            page_size=BLOCK_SIZE,
+            token_to_kv_pool_allocator=self.pages,
+            supports_prefix_sharing=lambda: True,
+            evict_for_alloc=lambda wanted: self.evict(wanted.num_tokens),
+        )
+        self.rows = Rows(512) if workload == "trace" else None
+        if self.rows is not None:
+            self.rehearse(self.rows)
+            self.clear()
+
+    def clear(self) -> None:
+        self.tree.reset()
+        self.pages.clear()
+        self.root = self.tree.root_node_handle()
 
     def prompt(self, tokens: np.ndarray) -> Any:
         return array("q", tokens.tolist())
 
     def admit(self, prompt: Any) -> Any:
         """Match, gather what was found, allocate the rest, evicting if need be, and insert."""
+        if self.rows is not None:
+            return self.start(self.rows, prompt)
         key = RadixKey(prompt)
         found = self.tree.match_prefix(MatchPrefixParams(key=key))
         hit = found.device_prefix_len
@@ -165,55 +166,109 @@ class SglangTree(Driver):
                 self.pages.free_segment(slots, start_pos=0)
         step.cache_actions.clear()
 
+    def start(self, rows: Rows, prompt: Any) -> Sequence:
+        """An admission as its scheduler makes one: a row and locks besides."""
+        tree, length = self.tree, len(prompt)
+        found = tree.match_prefix(MatchPrefixParams(key=RadixKey(prompt, limit=length - 1)))
+        node, hit = found.last_device_node, found.device_prefix_len
+        lock = tree.inc_lock_ref(node).to_dec_params()
+        shared = tree.collect_full_device_indices(node, self.root)
+        row = rows.take()
+        batch = Batch([Request(length)], [row], rows, self.cache)
+        hits = torch.tensor([hit])
+        slots = alloc_paged_token_slots_extend(
+            self.cache,
+            hits,
+            hits,
+            batch.seq_lens,
+            batch.seq_lens_cpu,
+            shared[-1:] if hit else torch.full((1,), -1),
+            length - hit,
+        )
+        rows.write((row, slice(0, hit)), shared)
+        rows.write((row, slice(hit, length)), slots)
+        sequence = Sequence(prompt, batch, row, node, lock, hit)
+        self.publish(rows, sequence, prompt)
+        return sequence
+
+    def publish(self, rows: Rows, sequence: Sequence, tokens: Any) -> None:
+        """Its checkpoint_into_tree: full blocks go into the tree, or are those that it has."""
+        tree, before = self.tree, sequence.in_tree
+        key = RadixKey(tokens).page_aligned(BLOCK_SIZE)
+        row = rows.req_to_token[sequence.row, : len(key)]
+        values = row.to(torch.int64, copy=True)
+        node = self.insert(InsertParams(key=key, value=values, prev_prefix_len=before))
+        prompt = RadixKey(sequence.prompt).page_aligned(BLOCK_SIZE)
+        if 0 < len(prompt) < len(key):  # the leaf is split there
+            known = len(prompt)
+            self.insert(InsertParams(key=prompt, value=values[:known], prev_prefix_len=known))
+        row[before:] = tree.collect_full_device_indices(node, self.root)[before:]
+        tree.dec_lock_ref(sequence.node, sequence.lock)
+        sequence.node, sequence.in_tree = node, len(key)
+        sequence.lock = tree.inc_lock_ref(node).to_dec_params()
+
+    def insert(self, parameters: InsertParams) -> Any:
+        """The node that it ends on; what the tree has twice is freed."""
+        step = self.tree.begin_insert(parameters)
+        while True:
+            for action in step.actions:
+                for slots in action.indices:
+                    self.pages.free_segment(slots, start_pos=0)
+            if step.result is not None:
+                break
+            step = self.tree.resume_insert()
+        self.tree.end_insert()
+        return step.result.last_device_node
+
+    def rehearse(self, rows: Rows) -> None:
+        """A fork shares full blocks, what was released is found again, and no slot is lost."""
+        prompt, slots = array("q", range(100)), self.pages.available_size()
+        first = self.start(rows, prompt)
+        for token in range(20):
+            first.batch.check(first.batch.advance(token))
+        fork = self.fork(first)
+        tokens, full = prompt + first.batch.reqs[0].output_ids, 112
+        shared = rows.req_to_token[[first.row, fork.row], :120]
+        self.release(first)
+        self.release(fork)
+        found = self.tree.match_prefix(MatchPrefixParams(key=RadixKey(tokens))).device_prefix_len
+        kept = self.tree.evictable_size()
+        same = int((shared[0] == shared[1]).sum())
+        if not (
+            same == 96 and found == kept == full and kept + self.pages.available_size() == slots
+        ):
+            raise AssertionError(f"{same} slots shared, {found} found, {kept} kept of {slots}")
+
+    def append(self, handle: Sequence, token: int) -> None:
+        handle.batch.advance(token)
+
+    def fork(self, handle: Sequence) -> Sequence:
+        """It has none of a request: a new one of the same tokens."""
+        return self.admit(handle.prompt + handle.batch.reqs[0].output_ids)
+
     def release(self, handle: Any) -> None:
-        pass
+        if self.rows is None:
+            return
+        request = handle.batch.reqs[0]
+        self.publish(self.rows, handle, handle.prompt + request.output_ids)
+        begin, end = handle.in_tree, request.kv.kv_committed_len
+        rest = self.rows.req_to_token[handle.row, begin:end].to(torch.int64)
+        self.pages.free_segment(rest, start_pos=begin)
+        self.tree.dec_lock_ref(handle.node, handle.lock)
+        self.rows.give(handle.row)
 
     def decode(self, handles: list[Any]) -> Callable[[], Any]:
         lengths = [len(prompt) for prompt, _ in handles]
-        pool, requests = Rows(len(handles)), [Request(Lengths(n, n)) for n in lengths]
-        for row, length, (_, slots) in zip(pool.req_to_token[1:], lengths, handles, strict=True):
+        rows = Rows(len(handles))
+        taken = [rows.take() for _ in handles]
+        for row, length, (_, slots) in zip(taken, lengths, handles, strict=True):
             if rest := length - len(slots):
                 slots = torch.cat((slots, self.pages.alloc(BLOCK_SIZE)[:rest]))
-            row[:length] = slots
-        batch = SimpleNamespace(
-            reqs=requests,
-            seq_lens=torch.tensor(lengths),
-            seq_lens_cpu=torch.tensor(lengths),
-            orig_seq_lens=torch.tensor(lengths, dtype=torch.int32),
-            req_pool_indices=torch.arange(1, 1 + len(handles)),
-            req_pool_indices_cpu=torch.arange(1, 1 + len(handles)),
-            req_to_token_pool=pool,
-            tree_cache=SimpleNamespace(
-                page_size=BLOCK_SIZE,
-                token_to_kv_pool_allocator=self.pages,
-                supports_prefix_sharing=lambda: True,
-            ),
-            model_config=SimpleNamespace(is_encoder_decoder=False),
-            maybe_evict_swa=lambda: None,
-        )
-
-        def step() -> Any:
-            """Its ScheduleBatch.prepare_for_decode, and the tokens that the step before gave."""
-            slots = alloc_for_decode_default(batch, 1)
-            for request in requests:
-                request.decode_batch_idx += 1
-                request.output_ids.append(7)
-            batch.seq_lens = batch.seq_lens + 1
-            batch.seq_lens_cpu = batch.seq_lens_cpu + 1
-            batch.orig_seq_lens = batch.orig_seq_lens + 1
-            return slots, batch.seq_lens, batch.req_pool_indices, pool.req_to_token
-
+            rows.write((row, slice(0, length)), slots)
+        batch = Batch([Request(length) for length in lengths], taken, rows, self.cache)
         for _ in range(BLOCK_SIZE + 1):  # so that every row gets a block
-            self.check(batch, *step())
-        return step
-
-    def check(self, batch: Any, slots: Any, lengths: Any, rows: Any, table: Any) -> None:
-        """Every row got a slot of its own, next to its last or at the start of a new block."""
-        last, new = table[rows, lengths - 2], table[rows, lengths - 1]
-        starts = (lengths - 1) % BLOCK_SIZE == 0
-        follows = torch.where(starts, slots % BLOCK_SIZE == 0, slots == last + 1)
-        if not (follows.all() and (new == slots).all() and len(slots.unique()) == len(batch.reqs)):
-            raise AssertionError("the step did not give every row its slot")
+            batch.check(batch.advance(7))
+        return partial(batch.advance, 7)
 
     def swap(self, handle: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
         self.host = HostSlots(len(self.pages.free_pages) * BLOCK_SIZE)
@@ -275,10 +330,8 @@ class SglangTree(Driver):
             tree.evict_device_end(FULL)
 
     def before_swap(self) -> None:
-        self.tree.reset()
-        self.pages.clear()
+        self.clear()
         self.host.clear()
-        self.root = self.tree.root_node_handle()
         self.admit(self.swapped)
 
     def pool(self, batch: int) -> tuple[Callable[[], Any], Callable[[Any], None]]:
