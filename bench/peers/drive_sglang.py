@@ -64,7 +64,7 @@ class Sequence:
 class HostSlots:
     """The free list of its HostKVCache, without the memory that it manages."""
 
-    alloc, clear = HostKVCache.alloc, HostKVCache.clear
+    alloc, free, clear = HostKVCache.alloc, HostKVCache.free, HostKVCache.clear
     available_size, _merge_release_slots = (
         HostKVCache.available_size,
         HostKVCache._merge_release_slots,
@@ -272,6 +272,7 @@ class SglangTree(Driver):
 
     def swap(self, handle: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
         self.host = HostSlots(len(self.pages.free_pages) * BLOCK_SIZE)
+        self.on_host = torch.empty(0, dtype=torch.int64)
         self.swapped, tree, pages = handle[0], self.tree, self.pages
         tree.set_hicache_enabled()
         tree.is_write_back = True
@@ -283,6 +284,7 @@ class SglangTree(Driver):
             gone = self.evict_to_host(moved)
             if gone != len(key) or sum(len(slots) for slots, _ in moved) != len(key):
                 raise AssertionError(f"{gone} slots were swapped")
+            self.on_host = moved[-1][1]
             return moved
 
         def into() -> Any:
@@ -330,8 +332,14 @@ class SglangTree(Driver):
             tree.evict_device_end(FULL)
 
     def before_swap(self) -> None:
-        self.clear()
-        self.host.clear()
+        """A new tree with the same leaf; the slots are those that it had."""
+        tree, key = self.tree, RadixKey(self.swapped)
+        node = tree.match_prefix(MatchPrefixParams(key=key)).last_device_node
+        self.pages.free_segment(tree.collect_full_device_indices(node, self.root), start_pos=0)
+        self.host.free(self.on_host)
+        self.on_host = self.on_host[:0]
+        tree.reset()
+        self.root = tree.root_node_handle()
         self.admit(self.swapped)
 
     def pool(self, batch: int) -> tuple[Callable[[], Any], Callable[[Any], None]]:
