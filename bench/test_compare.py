@@ -8,12 +8,14 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 import compare
 import compare_report
+import workloads
 from drive_floor import Floor
 from drive_pagedkv import PagedKV
 from workloads import SIZES, WORKLOADS, Driver
@@ -24,8 +26,7 @@ RESULTS = compare.BENCH / "results"
 @pytest.mark.parametrize("workload", list(WORKLOADS))
 @pytest.mark.parametrize("driver", [PagedKV(), Floor()], ids=["pagedkv", "floor"])
 def test_work_at_a_small_size(workload: str, driver: Driver) -> None:
-    if workload in driver.cannot:
-        pytest.skip(driver.cannot[workload])
+    assert not driver.cannot
     values = WORKLOADS[workload].run(driver, SIZES["small"])
     assert values
     # What a process grows by at a small size is the allocator's to say, and may be below 0.
@@ -55,7 +56,96 @@ def test_the_work_is_what_it_says() -> None:
 def test_a_driver_is_a_script_that_prints_json() -> None:
     system = compare.System("floor", "drive_floor.py")
     assert len(compare.measure(system, "admit", "small")["values"]) == 2 * SIZES["small"].rounds
-    assert set(compare.measure(system, "trace", "small")) == {"cannot"}
+
+
+def test_a_driver_says_what_it_cannot(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unable(Floor):
+        cannot = {"beam": "has no fork"}  # noqa: RUF012
+
+    monkeypatch.setattr(sys, "argv", ["drive", "beam"])
+    workloads.main(Unable())
+    assert json.loads(capsys.readouterr().out) == {"cannot": "has no fork"}
+
+
+def test_a_swap_out_finds_nothing_left_on_the_host() -> None:
+    told: list[str] = []
+
+    class Telling(Floor):
+        def before_swap(self) -> None:
+            told.append("before")
+
+        def swap(self, handle: Any) -> Any:
+            return lambda: told.append("out"), lambda: told.append("in")
+
+    for workload in ("swap_out", "swap_in"):
+        WORKLOADS[workload].run(Telling(), SIZES["small"])
+        assert told == ["before", "out", "in"] * (1 + SIZES["small"].rounds)
+        told.clear()
+
+
+PEERS = [
+    (system, workload)
+    for system in compare.MANAGERS
+    for workload in ("decode", "evict", "swap_out", "swap_in", "trace")
+    if system.packages
+]
+
+
+@pytest.mark.parametrize(
+    ("system", "workload"), PEERS, ids=[f"{s.name}-{workload}" for s, workload in PEERS]
+)
+def test_a_peer_does_the_work(system: compare.System, workload: str) -> None:
+    """Its driver raises where the work was not done."""
+    if not (system.folder / "packages.txt").is_file():
+        pytest.skip(f"{system.packages[0]} is not installed into {system.folder}")
+    found = compare.measure(system, workload, "small")
+    assert min(found.get("values", [0])) > 0, found
+
+
+def test_a_decode_step_of_sglang_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the call of its scheduler, once a right one and once a wrong one."""
+    torch = pytest.importorskip("torch")
+    allocation = ModuleType("sglang.srt.mem_cache.allocation")
+
+    def allocate(batch: Any, tokens: int) -> Any:
+        slots = torch.tensor(given.pop())
+        batch.req_to_token_pool.write((batch.req_pool_indices, batch.seq_lens), slots.int())
+        return slots
+
+    monkeypatch.setitem(sys.modules, allocation.__name__, allocation)
+    monkeypatch.setattr(allocation, "alloc_for_decode_default", allocate, raising=False)
+    monkeypatch.delitem(sys.modules, "sglang_batch", raising=False)
+    from sglang_batch import Batch, Request, Rows
+
+    rows = Rows(2)
+    batch = Batch([Request(3), Request(16)], [1, 2], rows, None)
+    rows.write((1, slice(0, 3)), torch.arange(32, 35))
+    rows.write((2, slice(0, 16)), torch.arange(64, 80))
+    given = [[36, 96], [35, 128]]  # the second step leaves its blocks
+    batch.check(batch.advance(9))
+    assert batch.seq_lens.tolist() == batch.seq_lens_cpu.tolist() == [4, 17]
+    assert rows.req_to_token[[1, 2], [3, 16]].tolist() == [35, 128]
+    assert [list(request.output_ids) for request in batch.reqs] == [[9], [9]]
+    with pytest.raises(AssertionError, match="did not give every row its slot"):
+        batch.check(batch.advance(9))
+
+
+def test_what_a_destructor_raises_fails_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Held:
+        def __del__(self) -> None:
+            raise AssertionError("not drained")
+
+    class Careless(Floor):
+        def admit(self, prompt: Any) -> Any:
+            Held()
+            return super().admit(prompt)
+
+    monkeypatch.setattr(sys, "argv", ["drive", "admit", "--size", "small"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back afterwards
+    with pytest.raises(RuntimeError, match=r"times in a destructor: AssertionError.*not drained"):
+        workloads.main(Careless())
 
 
 def rounds_of(*values: tuple[float, float]) -> list[dict[str, dict[str, Any]]]:

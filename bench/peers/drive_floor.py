@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from workloads import Driver, main
+from workloads import BLOCK_SIZE, Driver, main
 
-NO_FLOOR = "no floor is measured for it"
+EVICTED = 128  # blocks of a prompt of 2048 tokens
 
 
 class Floor(Driver):
-    """A memcpy of what the step takes and gives; for the pool, a slice of a Python list of ints."""
+    """A memcpy of what the step takes and gives, and what else a method says; no block has a state.
 
-    cannot = dict.fromkeys(("evict", "resident", "trace"), NO_FLOOR)
+    The pool is a slice of a Python list of ints. The trace is its replay, with prompts copied and
+    every token appended to one list. The bytes are the token ids in one array, 4 bytes each.
+    """
 
     def open(self, num_blocks: int, workload: str) -> None:
-        self.free = list(range(num_blocks))
+        self.blocks = range(num_blocks)
+        self.workload = workload
+        self.oldest_first = OrderedDict.fromkeys(self.blocks if workload == "evict" else ())
+        self.ids = np.empty(num_blocks * BLOCK_SIZE, np.int32)  # takes up what is written to
+        self.end = 0
+        self.appended: list[int] = []
 
     def prompt(self, tokens: np.ndarray) -> np.ndarray:
         return tokens
 
-    def admit(self, prompt: np.ndarray) -> np.ndarray:
+    def admit(self, prompt: np.ndarray) -> Any:
+        """Evicting, an ordered dict gives up the 128 blocks that were used longest ago."""
+        if self.workload == "evict":
+            pop = self.oldest_first.popitem
+            return prompt.copy(), [pop(last=False)[0] for _ in range(EVICTED)]
+        if self.workload == "resident":
+            begin, self.end = self.end, self.end + len(prompt)
+            self.ids[begin : self.end] = prompt
+            return None
         return prompt.copy()
 
-    def release(self, handle: np.ndarray) -> None:
-        pass
+    def release(self, handle: Any) -> None:
+        if self.workload == "evict":
+            self.oldest_first.update(dict.fromkeys(handle[1]))
+
+    def append(self, handle: np.ndarray, token: int) -> None:
+        self.appended.append(token)
+
+    def fork(self, handle: np.ndarray) -> np.ndarray:
+        return handle
 
     def copy(self, num_bytes: int) -> Callable[[], Any]:
         source, target = np.ones(num_bytes, np.uint8), np.ones(num_bytes, np.uint8)
@@ -46,7 +69,7 @@ class Floor(Driver):
         return self.copy(128 * 8), self.copy(128 * 8)
 
     def pool(self, batch: int) -> tuple[Callable[[], Any], Callable[[Any], None]]:
-        free = self.free
+        free = list(self.blocks)
 
         def take() -> list[int]:
             taken = free[-batch:]

@@ -24,7 +24,7 @@ class VllmV0(Driver):
 
     def open(self, num_blocks: int, workload: str) -> None:
         """Prefix caching where the workload needs it: without, as by default, it is quicker."""
-        caching, self.count = workload in ("admit", "trace"), 0
+        caching, self.count = workload in ("admit", "evict", "resident", "trace"), 0
         host = num_blocks if workload == "swap" else 16
         self.m = BlockSpaceManagerV1(
             BLOCK_SIZE, num_blocks, host, watermark=0.0, enable_caching=caching

@@ -85,6 +85,9 @@ class Driver:
         """Calls that move the sequence's blocks out and in again: bookkeeping, pairs to copy."""
         raise NotImplementedError
 
+    def before_swap(self) -> None:
+        """Not timed: drop what is left on the host, so that all blocks have to be copied again."""
+
     def pool(self, batch: int) -> tuple[Callable[[], Any], Callable[[Any], None]]:
         """Calls that take `batch` blocks in one go, and give back what the first returned."""
         raise NotImplementedError
@@ -133,7 +136,7 @@ def decode(driver: Driver, size: Size) -> list[float]:
 
 def admission(driver: Driver, size: Size, hit: int, full: bool = False) -> list[float]:
     """Admit 2048 tokens of which `hit` are cached; with `full`, into a pool of cached blocks."""
-    driver.open(size.num_blocks, "admit")
+    driver.open(size.num_blocks, "evict" if full else "admit")
     shared, seeds = tokens(hit, 5), iter(range(10_000, 10_000_000))
 
     def fresh() -> Any:
@@ -153,9 +156,15 @@ def beam(driver: Driver, size: Size) -> list[float]:
 def swap(driver: Driver, size: Size, back: bool) -> list[float]:
     driver.open(size.num_blocks, "swap")
     out, into = driver.swap(driver.admit(driver.prompt(tokens(2048, 1))))
+    prepare = driver.before_swap
+
+    def swapped_out() -> None:
+        prepare()
+        out()
+
     if back:
-        return timed(lambda _: into(), size.rounds, out)
-    return timed(lambda _: out(), size.rounds, after=lambda _: into())
+        return timed(lambda _: into(), size.rounds, swapped_out)
+    return timed(lambda _: out(), size.rounds, prepare, lambda _: into())
 
 
 def pool(driver: Driver, size: Size, batch: int) -> list[float]:
@@ -210,11 +219,11 @@ def resident(driver: Driver, size: Size) -> list[float]:
         for i in range(count):
             driver.release(driver.admit(driver.prompt(tokens(2048, seed + i))))
 
-    driver.open(256, "admit")
+    driver.open(256, "resident")
     fill(2, 0)  # imports, and what the first use allocates
     gc.collect()
     before = resident_bytes()
-    driver.open(size.num_blocks, "admit")
+    driver.open(size.num_blocks, "resident")
     fill(size.num_blocks // 128, 100)
     gc.collect()
     return [(resident_bytes() - before) / size.num_blocks]
@@ -277,5 +286,9 @@ def main(driver: Driver) -> None:
     if (why := driver.cannot.get(options.workload)) is not None:
         print(json.dumps({"cannot": why}))
         return
+    swallowed: list[str] = []
+    sys.unraisablehook = lambda raised: swallowed.append(repr(raised.exc_value))
     values = WORKLOADS[options.workload].run(driver, SIZES[options.size])
+    if swallowed:  # what a destructor raised: the work is not done as it should be
+        raise RuntimeError(f"{len(swallowed)} times in a destructor: {swallowed[0]}")
     print(json.dumps({"values": values}))
