@@ -25,7 +25,7 @@ def admit(m: BlockManager, prompt: np.ndarray) -> int:
     """create + append + commit of one prompt, its outputs read."""
     sequence = m.create(prompt)
     rest = prompt[m.num_cached(sequence) :]
-    read(m, m.append(np.array([sequence]), rest, counts=np.array([len(rest)])))
+    read(m, m.append(np.array([sequence]), rest, np.array([len(rest)])))
     return sequence
 
 
@@ -86,7 +86,7 @@ def test_scattered_path(measure: Measure, full: bool, name: str, size: int) -> N
     one = np.array([1])
     ids = [m.create() for _ in range(size)]
     for id in ids:
-        m.commit(m.append(np.array([id]), counts=one))
+        m.commit(m.append(np.array([id]), None, one))
     m.release(np.array(ids)[np.random.default_rng(1).permutation(size)])
     path = m.create()
     m.commit(m.append(np.array([path]), counts=np.array([size * 8])))
@@ -128,7 +128,7 @@ def test_counts_only(measure: Measure, num_blocks: int) -> None:
 
     def whole_life() -> None:
         ids = np.array([m.create()])
-        read(m, m.append(ids, counts=counts))
+        read(m, m.append(ids, None, counts))
         m.release(ids)
 
     measure("block, taken by counts and released", whole_life, iterations=16, per=256)

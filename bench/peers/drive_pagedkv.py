@@ -33,7 +33,7 @@ class PagedKV(Driver):
         m = self.m
         sequence = m.create(prompt)
         rest, ids = prompt[m.num_cached(sequence) :], np.array([sequence])
-        read(m, m.append(ids, rest, counts=np.array([len(rest)])))
+        read(m, m.append(ids, rest, np.array([len(rest)])))
         return ids
 
     def release(self, handle: np.ndarray) -> None:
@@ -81,7 +81,7 @@ class PagedKV(Driver):
 
         def take() -> np.ndarray:
             ids = idle.pop() if idle else np.array([m.create()])
-            m.commit(m.append(ids, counts=count))
+            m.commit(m.append(ids, None, count))
             return ids
 
         def give(ids: np.ndarray) -> None:
