@@ -43,17 +43,6 @@ void split_heads(const std::byte* from, std::int64_t count, std::int64_t num_hea
   }
 }
 
-// Small ones without a call.
-void copy_token(std::byte* to, const std::byte* from, std::size_t bytes) {
-  switch (bytes) {
-    case 2: std::memcpy(to, from, 2); return;
-    case 4: std::memcpy(to, from, 4); return;
-    case 8: std::memcpy(to, from, 8); return;
-    case 16: std::memcpy(to, from, 16); return;
-    default: std::memcpy(to, from, bytes);
-  }
-}
-
 }  // namespace
 
 HostPool::HostPool(std::vector<Region> regions, std::int32_t num_blocks, std::int32_t block_size)
@@ -95,10 +84,11 @@ void HostPool::copy_blocks(std::span<const std::int32_t> copies) {
 
 void HostPool::check_slots(std::size_t i, std::span<const std::int64_t> slots) const {
   region(i);
-  const std::int64_t num_slots = std::int64_t{num_blocks_} * block_size_;
-  for (const std::int64_t slot : slots) {
-    require(slot >= 0 && slot < num_slots, "slots: a slot is outside the pool");
-  }
+  const auto num_slots =
+      static_cast<std::uint64_t>(num_blocks_) * static_cast<std::uint64_t>(block_size_);
+  bool outside = false;  // looked at once, and a negative slot is a very large one
+  for (const std::int64_t slot : slots) outside |= static_cast<std::uint64_t>(slot) >= num_slots;
+  require(!outside, "slots: a slot is outside the pool");
 }
 
 void HostPool::scatter(std::size_t i, std::span<const std::int64_t> slots, const std::byte* source,
@@ -115,17 +105,35 @@ void HostPool::write(std::size_t layer, std::span<const std::int64_t> slots, con
                    slots);
 }
 
-// The block and the offset of each slot are found once for all parts.
 template <std::size_t kNumParts>
 void HostPool::scatter_parts(std::array<Part, kNumParts> parts,
                              std::span<const std::int64_t> slots) const {
+  const std::int64_t bytes = parts[0].region.token_bytes;
+  const bool same = bytes == parts[kNumParts - 1].region.token_bytes;
+  switch (same ? bytes : 0) {  // small tokens without a call for each
+    case 2: return scatter_tokens<2>(parts, slots);
+    case 4: return scatter_tokens<4>(parts, slots);
+    case 8: return scatter_tokens<8>(parts, slots);
+    case 16: return scatter_tokens<16>(parts, slots);
+    default: return scatter_tokens<0>(parts, slots);
+  }
+}
+
+// The block and the offset of each slot are found once for all parts. All tokens have kBytes, or,
+// if that is 0, their region's. What the loop reads is its own: bytes that it writes might else be
+// that.
+template <std::size_t kBytes, std::size_t kNumParts>
+void HostPool::scatter_tokens(std::array<Part, kNumParts> parts,
+                              std::span<const std::int64_t> slots) const {
+  const std::int64_t block_size = block_size_;
+  const int shift = shift_;
   for (const std::int64_t slot : slots) {
-    const std::int64_t block = shift_ >= 0 ? slot >> shift_ : slot / block_size_;
-    const std::int64_t offset = slot - block * block_size_;
+    const std::int64_t block = shift >= 0 ? slot >> shift : slot / block_size;
+    const std::int64_t offset = slot - block * block_size;
     for (Part& part : parts) {
       const Region& r = part.region;
-      copy_token(r.base + block * r.block_stride + offset * r.token_bytes, part.source,
-                 static_cast<std::size_t>(r.token_bytes));
+      std::memcpy(r.base + block * r.block_stride + offset * r.token_bytes, part.source,
+                  kBytes > 0 ? kBytes : static_cast<std::size_t>(r.token_bytes));
       part.source += part.stride;
     }
   }

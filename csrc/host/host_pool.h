@@ -47,6 +47,8 @@ class HostPool final : public Pool {
   };
   template <std::size_t kNumParts>
   void scatter_parts(std::array<Part, kNumParts> parts, std::span<const std::int64_t> slots) const;
+  template <std::size_t kBytes, std::size_t kNumParts>
+  void scatter_tokens(std::array<Part, kNumParts> parts, std::span<const std::int64_t> slots) const;
 
   std::vector<Region> regions_;
   std::int32_t num_blocks_;
