@@ -86,9 +86,11 @@ void HostPool::check_slots(std::size_t i, std::span<const std::int64_t> slots) c
   region(i);
   const auto num_slots =
       static_cast<std::uint64_t>(num_blocks_) * static_cast<std::uint64_t>(block_size_);
-  bool outside = false;  // looked at once, and a negative slot is a very large one
-  for (const std::int64_t slot : slots) outside |= static_cast<std::uint64_t>(slot) >= num_slots;
-  require(!outside, "slots: a slot is outside the pool");
+  std::uint64_t bits = 0;  // the highest one is set by a negative slot, and by one past the end
+  for (const std::int64_t slot : slots) {
+    bits |= static_cast<std::uint64_t>(slot) | (num_slots - 1 - static_cast<std::uint64_t>(slot));
+  }
+  require(bits >> 63 == 0, "slots: a slot is outside the pool");
 }
 
 void HostPool::scatter(std::size_t i, std::span<const std::int64_t> slots, const std::byte* source,

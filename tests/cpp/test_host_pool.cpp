@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -92,8 +93,9 @@ TEST_CASE("a block or slot outside the pool is refused before memory is touched"
   const std::array<std::int64_t, 2> slots{0, kBlocks * kBlockSize};
   CHECK_THROWS_AS(m.pool.scatter(0, slots, token.data(), 0), std::invalid_argument);
   CHECK_THROWS_AS(m.pool.scatter(1, {slots.data(), 1}, token.data(), 0), std::invalid_argument);
-  const std::int64_t negative = -1;
-  CHECK_THROWS_AS(m.pool.scatter(0, {&negative, 1}, token.data(), 0), std::invalid_argument);
+  for (const std::int64_t negative : {std::int64_t{-1}, std::numeric_limits<std::int64_t>::min()}) {
+    CHECK_THROWS_AS(m.pool.scatter(0, {&negative, 1}, token.data(), 0), std::invalid_argument);
+  }
   const std::int32_t copies[6] = {1, 2, 1, 1, kBlocks, 1};
   CHECK_THROWS_AS(m.pool.copy_blocks(copies), std::invalid_argument);
   const std::int32_t too_long[3] = {1, 2, kBlockSize + 1};
