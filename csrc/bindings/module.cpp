@@ -18,6 +18,7 @@ PYBIND11_MODULE(_core, m) {
   pagedkv::bind_manager(m);
   pagedkv::bind_engine(m);
   pagedkv::bind_pools(m);
+  pagedkv::bind_layer_writer(m);
   pagedkv::bind_cuda(m);
   pagedkv::make_all_whole(m);
 }

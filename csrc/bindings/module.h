@@ -12,6 +12,7 @@ void bind_transfer_plan(pybind11::module_& m);
 void bind_manager(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
 void bind_pools(pybind11::module_& m);
+void bind_layer_writer(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
 void make_all_whole(pybind11::module_& m);  // after the classes are bound
 

@@ -18,24 +18,14 @@ namespace pagedkv {
 
 namespace {
 
-// From here on (about 20 us of copying) it pays to let other Python threads in.
-constexpr std::int64_t kLongCopyBytes = 256 * 1024;
-
 template <class T>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-template <class F>
-void run(std::int64_t bytes, F&& copy) {
-  if (bytes < kLongCopyBytes) return copy();
-  const py::gil_scoped_release release;
-  copy();
-}
-
 void write(Pool& pool, std::size_t layer, std::uintptr_t slots, std::size_t num_tokens,
            std::uintptr_t k, std::int64_t k_stride, std::uintptr_t v, std::int64_t v_stride) {
-  run(static_cast<std::int64_t>(num_tokens) * (k_stride + v_stride), [&] {
+  run_without_gil_if_long(static_cast<std::int64_t>(num_tokens) * (k_stride + v_stride), [&] {
     pool.write(layer, {pointer<const std::int64_t>(slots), num_tokens}, pointer<const std::byte>(k),
                k_stride, pointer<const std::byte>(v), v_stride);
   });
@@ -47,7 +37,7 @@ void gather(Pool& pool, std::size_t region, std::uintptr_t block_tables, std::in
             std::uintptr_t target) {
   const TableView table{pointer<const std::int32_t>(block_tables), table_stride, num_rows,
                         table_width};
-  run(std::int64_t{num_rows} * width * 256, [&] {
+  run_without_gil_if_long(std::int64_t{num_rows} * width * 256, [&] {
     pool.gather(region, table, first_block,
                 {pointer<const std::int32_t>(num_tokens), static_cast<std::size_t>(num_rows)},
                 num_heads, width, pointer<std::byte>(target));
@@ -75,7 +65,7 @@ void attend_rows(const HostPool& pool, std::size_t layer, const std::string& dty
       .outputs = pointer<float>(outputs),
       .sums = pointer<float>(sums),
   };
-  run(std::int64_t{num_rows} * table_width * 256, [&] {
+  run_without_gil_if_long(std::int64_t{num_rows} * table_width * 256, [&] {
     attend(pool, table, {pointer<const std::int32_t>(seq_lens), static_cast<std::size_t>(num_rows)},
            rows);
   });

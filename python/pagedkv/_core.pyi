@@ -489,13 +489,19 @@ class SimulatedPool(Pool):
     """On the compute stream of a simulated device; gather() waits for it. Keeps `owner` alive."""
 
     def __init__(
-        self,
-        device: SimulatedDevice,
-        regions: list[tuple[int, int, int]],
-        num_blocks: int,
-        block_size: int,
-        owner: object = None,
-    ) -> None: ...
+        self, device: SimulatedDevice, regions: list[tuple[int, int, int]], num_blocks: int,
+        block_size: int, owner: object = None,
+    ) -> None: ...  # fmt: skip
+
+@final
+class LayerWriter(_Object):
+    """Writes to a pool's layer k, v [N, P, H, D], by what the tensors' type exports for DLPack."""
+
+    def __init__(self, pool: Pool, layer: int, k: object, v: object) -> None: ...
+    def write(self, slots: int, num_tokens: int, k: object, v: object) -> bool:
+        """If they are dense [num_tokens, H, D], of the pool's type and device; False: nothing."""
+    def write_into(self, k_pool: object, v_pool: object, *rest: object) -> bool:
+        """The same of k, v, slots, if the pools are those given, and slots dense int64 [T]."""
 
 class CudaRuntime(_Object):
     """The calls of CUDA that the package makes. `pagedkv._cuda.runtime()` gives CUDA's own."""
@@ -543,17 +549,10 @@ class CudaPool(Pool):
     """
 
     def __init__(
-        self,
-        device: CudaDevice,
-        regions: list[tuple[int, int, int]],
-        num_blocks: int,
-        block_size: int,
-        max_batch: int,
-        max_tokens: int,
-        table_stride: int,
-        step_memory: int,
+        self, device: CudaDevice, regions: list[tuple[int, int, int]], num_blocks: int,
+        block_size: int, max_batch: int, max_tokens: int, table_stride: int, step_memory: int,
         owner: object = None,
-    ) -> None: ...
+    ) -> None: ...  # fmt: skip
     @staticmethod
     def step_bytes(max_batch: int, max_tokens: int, table_stride: int) -> int: ...
     def write_fp8(

@@ -16,7 +16,7 @@ except ImportError as error:  # the control plane works without; this does not
     raise ImportError("KVCache needs torch: pip install 'pagedkv[torch]'") from error
 
 from pagedkv import attention
-from pagedkv._core import BlockManager, CudaDevice, Device, HostPool, TransferEngine
+from pagedkv._core import BlockManager, CudaDevice, Device, HostPool, LayerWriter, TransferEngine
 from pagedkv.adopt import Adopted, adopt, require_unmoved
 from pagedkv.errors import ConcurrentUse, InvalidSpec, InvalidState, KVError
 from pagedkv.fp8 import check_scales
@@ -28,7 +28,7 @@ from pagedkv.step import Step
 from pagedkv.steps import Steps
 from pagedkv.transfers import GONE, Transfers
 from pagedkv.tryout import try_copies
-from pagedkv.writes import Stored, check_source
+from pagedkv.writes import check_source
 
 __all__ = ["KVCache"]
 
@@ -125,10 +125,10 @@ class KVCache(Steps):
         self._adopted = adopted
         self._layers = memory.layers
         self._in_rows = memory.in_rows
-        kept = memory.layers if memory.in_rows else ()
-        self._stored = {i: Stored(k, v) for i, (k, v) in enumerate(kept)}
         machine.see(manager)
         self._pool = machine.make_pool(memory, manager)
+        kept = memory.layers if memory.in_rows else ()
+        self._writers = {i: LayerWriter(self._pool, i, k, v) for i, (k, v) in enumerate(kept)}
         engine = None
         if num_host_blocks or machine.needs_order:
             copier = machine.transfer_device(num_host_blocks > 0)
@@ -154,18 +154,15 @@ class KVCache(Steps):
         Raises InvalidSpec for a wrong shape or device, InvalidState if `step` is not this cache's
         open one.
         """
-        # What is asked for each layer of each step is asked first, and no more than decides.
-        stored = self._stored.get(layer) if step is self._step and type(layer) is int else None
-        if stored is not None and stored.matches(k, v, step.num_tokens):
+        # Mostly they are what the layer keeps, and the writer looks at them quicker than Python.
+        writer = self._writers.get(layer) if step is self._step and type(layer) is int else None
+        if writer is not None:
             if self._transfers is not None:
                 self._transfers.follow()
-            k_at, v_at = k.data_ptr(), v.data_ptr()
-            self._pool.write(
-                layer, step.slots_at, step.num_tokens, k_at, stored.k_bytes, v_at, stored.v_bytes
-            )
-            if self.machine.holds:
-                self.machine.hold(step.slots, k, v)
-            return
+            if writer.write(step.slots_at, step.num_tokens, k, v):
+                if self.machine.holds:
+                    self.machine.hold(step.slots, k, v)
+                return
         self._require(step)
         pools, num_tokens = self._rows(layer), step.num_tokens
         check_source(k, "k", pools[0], num_tokens)
@@ -357,7 +354,7 @@ class KVCache(Steps):
         self._transfers = None
         self._adopted = None
         self._layers = ()
-        self._workspaces, self.backend_memory, self._stored = {}, {}, {}
+        self._workspaces, self.backend_memory, self._writers = {}, {}, {}
         self.machine = Machine()  # which holds nothing
         self._pool = GONE
 

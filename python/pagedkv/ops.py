@@ -26,9 +26,8 @@ from typing import NoReturn
 
 import torch
 
-from pagedkv._core import CudaDevice, CudaPool, HostPool, Pool
+from pagedkv._core import CudaDevice, CudaPool, HostPool, LayerWriter, Pool
 from pagedkv.errors import InvalidSpec
-from pagedkv.writes import Stored
 
 __all__ = ["copy_blocks", "gather", "write"]
 
@@ -67,18 +66,24 @@ class _Layer:
                 "are not one layer's"
             )
         self._k, self._v = (k.shape, k.stride()), (v.shape, v.stride())
-        self._dtype, self._index = k.dtype, k.device.index
-        self.stored, size = Stored(k, v), k.element_size()
-        token_bytes = self.stored.k_bytes, self.stored.v_bytes
+        self._dtype = k.dtype
+        size = k.element_size()
+        self.k_bytes, self.v_bytes = (p.shape[2] * p.shape[3] * size for p in (k, v))  # of a token
         regions = [
-            (part.data_ptr(), part.stride(0) * size, token)
-            for part, token in zip((k, v), token_bytes, strict=True)
+            (k.data_ptr(), k.stride(0) * size, self.k_bytes),
+            (v.data_ptr(), v.stride(0) * size, self.v_bytes),
         ]
         num_blocks, block_size = k.shape[:2]
         self.device = _device(k.device.index) if k.is_cuda else None
         self.pool: Pool = HostPool(regions, num_blocks, block_size)
         if self.device is not None:
             self.pool = CudaPool(self.device, regions, num_blocks, block_size, 0, 0, 0, 0)
+        self.writer = LayerWriter(self.pool, 0, k, v)
+
+    def follow(self) -> None:
+        """Take the stream that the caller is on now."""
+        if self.device is not None:
+            self.device.use_stream(torch._C._cuda_getCurrentRawStream(self.device.index))
 
     def is_of(self, k: torch.Tensor, v: torch.Tensor) -> bool:
         """Whether these, which are where its pools were, are seen as those were."""
@@ -99,16 +104,19 @@ def _device(index: int) -> CudaDevice:
     return CudaDevice(import_module("pagedkv._cuda").runtime(), index)
 
 
+def _layer_at(k: torch.Tensor, v: torch.Tensor) -> _Layer | None:
+    """The last one made of pools where these are: most likely theirs."""
+    there = _layers.get((k.data_ptr(), v.data_ptr()))
+    return there[-1] if there else None
+
+
 def _layer_of(k: torch.Tensor, v: torch.Tensor) -> _Layer:
     there = _layers.setdefault((k.data_ptr(), v.data_ptr()), [])
-    for layer in there:
-        if layer.is_of(k, v):
-            break
-    else:
+    layer = next((layer for layer in there if layer.is_of(k, v)), None)
+    if layer is None:
         layer = _Layer(k, v)
         there.append(layer)
-    if layer.device is not None:
-        layer.device.use_stream(torch._C._cuda_getCurrentRawStream(layer.device.index))
+    layer.follow()
     return layer
 
 
@@ -127,16 +135,17 @@ def _write(
     slots: torch.Tensor,
 ) -> None:
     """Token t of k and v [T, H, D] goes to slots[t] (int64 [T]) of a layer's pools [N, P, H, D]."""
+    layer = _layer_at(k_pool, v_pool)
+    if layer is not None:
+        layer.follow()
+        if layer.writer.write_into(k_pool, v_pool, k, v, slots):
+            return
     layer = _layer_of(k_pool, v_pool)
-    stored, num_tokens = layer.stored, slots.numel()
     if slots.dtype is not torch.int64 or slots.dim() != 1 or not slots.is_contiguous():
         _refuse("slots", slots, "contiguous int64 [T]")
-    if not stored.matches(k, v, num_tokens):
-        k, v = (
-            _rows(name, source, part, num_tokens)
-            for name, source, part in (("k", k, k_pool), ("v", v, v_pool))
-        )
-    at = k.data_ptr(), stored.k_bytes, v.data_ptr(), stored.v_bytes
+    num_tokens = len(slots)
+    k, v = _rows("k", k, k_pool, num_tokens), _rows("v", v, v_pool, num_tokens)
+    at = k.data_ptr(), layer.k_bytes, v.data_ptr(), layer.v_bytes
     layer.pool.write(0, slots.data_ptr(), num_tokens, *at)
 
 
