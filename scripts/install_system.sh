@@ -19,7 +19,7 @@ if ! command -v apt-get >/dev/null || ! "${as_root[@]}" true 2>/dev/null; then
   [ "$needed" -gt 0 ] || exit 0
   cannot "for want of apt-get or of root, not installed: ${missing[*]} (Debian's names)"
 fi
-"${as_root[@]}" apt-get update -qq
+"${as_root[@]}" apt-get update -qq || [ "$needed" -gt 0 ] || exit 0
 "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
   apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
-  cannot "apt-get could not install: ${missing[*]}"
+  [ "$needed" = 0 ] || cannot "apt-get could not install: ${missing[*]}"

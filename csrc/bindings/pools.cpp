@@ -105,10 +105,12 @@ void bind_pools(py::module_& m) {
            py::arg("num_tokens"), py::arg("num_heads"), py::arg("width"), py::arg("target"))
       .def("synchronize", &Pool::synchronize);
   py::class_<HostPool, Pool>(m, "HostPool", py::is_final(), "In host memory, at once.")
-      .def(py::init([](const py::list& regions, std::int32_t num_blocks, std::int32_t block_size) {
+      .def(py::init([](const py::list& regions, std::int32_t num_blocks, std::int32_t block_size,
+                       const py::object&) {
              return std::make_unique<HostPool>(regions_of(regions), num_blocks, block_size);
            }),
-           py::arg("regions"), py::arg("num_blocks"), py::arg("block_size"))
+           py::arg("regions"), py::arg("num_blocks"), py::arg("block_size"),
+           py::arg("owner") = py::none(), py::keep_alive<1, 5>())
       .def("attend", &attend_rows, py::arg("layer"), py::arg("dtype"), py::arg("block_tables"),
            py::arg("table_stride"), py::arg("num_rows"), py::arg("table_width"),
            py::arg("seq_lens"), py::arg("num_kv_heads"), py::arg("group"), py::arg("scale"),

@@ -2,6 +2,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+
 #include "bindings/module.h"
 #include "bindings/state.h"
 
@@ -115,7 +117,11 @@ StepPlan value_of_arrays(std::int64_t step, std::int64_t after, const py::tuple&
   plan.seq_lens = lens.data();
   plan.slots = slots.data();
   plan.positions = array_of<std::int64_t>(arrays, Output::positions, plan.num_tokens).data();
-  plan.query_starts = array_of<std::int32_t>(arrays, Output::query_starts, num_rows + 1).data();
+  const auto starts = array_of<std::int32_t>(arrays, Output::query_starts, num_rows + 1);
+  if (starts.front() != 0 || starts.back() != plan.num_tokens || !std::ranges::is_sorted(starts)) {
+    throw InvalidSpec("the plan's query_starts do not divide its tokens");
+  }
+  plan.query_starts = starts.data();
   plan.has_tokens = !py::object(arrays[static_cast<std::size_t>(Output::input_ids)]).is_none();
   if (plan.has_tokens) {
     plan.input_ids = array_of<std::int64_t>(arrays, Output::input_ids, plan.num_tokens).data();

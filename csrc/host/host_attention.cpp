@@ -12,12 +12,20 @@
 #define KV_INLINE [[gnu::always_inline]] inline
 #define KV_LAMBDA __attribute__((always_inline))
 
+// Lanes of two vectors: GCC has clang's name for it from version 12 on only.
+#if defined(__clang__)
+#define KV_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define KV_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
+#endif
+
 namespace pagedkv {
 
 namespace {
 
 constexpr std::int64_t kLanes = 8;
 using Floats = float __attribute__((vector_size(kLanes * 4)));
+using HalfFloats = float __attribute__((vector_size(kLanes * 2)));
 using Words = std::uint32_t __attribute__((vector_size(kLanes * 4)));
 using Halves = std::uint16_t __attribute__((vector_size(kLanes * 2)));
 
@@ -56,15 +64,16 @@ KV_INLINE Tile tile_of(const std::byte* from, std::int64_t token_bytes, std::int
 
 // The sums of four vectors' lanes.
 KV_INLINE void store_sums(const Floats (&s)[4], float* to) {
-  const Floats ab = __builtin_shufflevector(s[0], s[1], 0, 8, 2, 10, 4, 12, 6, 14) +
-                    __builtin_shufflevector(s[0], s[1], 1, 9, 3, 11, 5, 13, 7, 15);
-  const Floats cd = __builtin_shufflevector(s[2], s[3], 0, 8, 2, 10, 4, 12, 6, 14) +
-                    __builtin_shufflevector(s[2], s[3], 1, 9, 3, 11, 5, 13, 7, 15);
-  const Floats sums = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
-                      __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
-  const auto all = __builtin_shufflevector(sums, sums, 0, 1, 2, 3) +
-                   __builtin_shufflevector(sums, sums, 4, 5, 6, 7);
-  std::memcpy(to, &all, sizeof all);
+  const Floats ab = KV_SHUFFLE(s[0], s[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+                    KV_SHUFFLE(s[0], s[1], 1, 9, 3, 11, 5, 13, 7, 15);
+  const Floats cd = KV_SHUFFLE(s[2], s[3], 0, 8, 2, 10, 4, 12, 6, 14) +
+                    KV_SHUFFLE(s[2], s[3], 1, 9, 3, 11, 5, 13, 7, 15);
+  const Floats sums =
+      KV_SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + KV_SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+  HalfFloats halves[2];
+  std::memcpy(halves, &sums, sizeof halves);
+  halves[0] += halves[1];
+  std::memcpy(to, halves, sizeof halves[0]);
 }
 
 // Scores of `count` keys for kNum queries, k_dim apart, whose scores are kScores apart; up to 3
@@ -150,22 +159,25 @@ struct Norm {
 // Scores become weights relative to the largest so far; what was summed before is scaled to it.
 KV_INLINE void normalize(float* scores, std::int64_t count, const DecodeRows& rows, Norm& norm,
                          float* sums, std::int64_t dim) {
-  const std::int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-  std::fill(scores + count, scores + padded, -std::numeric_limits<float>::infinity());
+  for (std::int64_t t = 0; t < count; ++t) scores[t] *= rows.scale;
   if (rows.softcap > 0) {
     for (std::int64_t t = 0; t < count; ++t) {
-      scores[t] = rows.softcap / rows.scale * std::tanh(scores[t] * rows.scale / rows.softcap);
+      scores[t] = rows.softcap * std::tanh(scores[t] / rows.softcap);
     }
   }
+  const std::int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  std::fill(scores + count, scores + padded, -std::numeric_limits<float>::infinity());
   Floats x, highest = Floats{} - std::numeric_limits<float>::infinity(), total = {};
   for (std::int64_t t = 0; t < padded; t += kLanes) {
     load(scores + t, x);
-    x *= rows.scale;
-    store(scores + t, x);
     highest = x > highest ? x : highest;
   }
   float largest = norm.largest;
   for (int i = 0; i < kLanes; ++i) largest = std::max(largest, highest[i]);
+  if (largest == -std::numeric_limits<float>::infinity()) {  // so far nothing is seen at all
+    std::fill(scores, scores + count, 0.0f);
+    return;
+  }
   const float factor = std::exp(norm.largest - largest);
   if (factor != 1) {
     for (std::int64_t d = 0; d < dim; ++d) sums[d] *= factor;
@@ -315,7 +327,7 @@ void check_and_run(decltype(&attend_anywhere) run, const HostPool& pool, const T
   shape.k_dim = shape.keys.token_bytes / head_bytes;
   shape.v_dim = shape.values.token_bytes / head_bytes;
   if (shape.k_dim % kLanes != 0 || shape.v_dim % kLanes != 0 || rows.group < 1 ||
-      shape.values.token_bytes % head_bytes != 0) {
+      shape.keys.token_bytes % head_bytes != 0 || shape.values.token_bytes % head_bytes != 0) {
     throw std::invalid_argument("attend: expected heads of a multiple of 8 elements");
   }
   const bool all_see = std::ranges::all_of(seq_lens, [&](auto n) { return n > rows.first; });

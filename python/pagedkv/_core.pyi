@@ -469,11 +469,12 @@ class Pool(_Object):
 
 @final
 class HostPool(Pool):
-    """In host memory, by the calling thread, at once."""
+    """In host memory, by the calling thread, at once. Keeps `owner` alive."""
 
     def __init__(
-        self, regions: list[tuple[int, int, int]], num_blocks: int, block_size: int
-    ) -> None: ...
+        self, regions: list[tuple[int, int, int]], num_blocks: int, block_size: int,
+        owner: object = None,
+    ) -> None: ...  # fmt: skip
     def attend(
         self, layer: int, dtype: str, block_tables: int, table_stride: int, num_rows: int,
         table_width: int, seq_lens: int, num_kv_heads: int, group: int, scale: float,

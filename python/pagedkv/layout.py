@@ -15,6 +15,8 @@ from pagedkv.units import parse_bytes
 
 __all__ = ["DevicePool", "Layout", "num_usable_blocks", "region"]
 
+_ALIGNMENT = 64  # bytes: of a cache line, which is what torch gives and numpy does not
+
 Layout = Literal["block_major", "layer_major"]
 _Part = Callable[[int, int], torch.Tensor]
 
@@ -83,7 +85,8 @@ def _empty(num_bytes: int, layout: Layout, device: torch.device) -> torch.Tensor
     as many of those as it has layers.
     """
     if device.type == "cpu" and layout == "block_major":
-        return torch.from_numpy(np.empty(num_bytes, np.uint8))
+        memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+        return torch.from_numpy(memory[-memory.ctypes.data % _ALIGNMENT :][:num_bytes])
     return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 

@@ -68,7 +68,8 @@ class Machine:
 
     def make_pool(self, memory: DevicePool, manager: BlockManager) -> Pool:
         """What carries out the copies of steps."""
-        return HostPool(list(memory.regions), manager.num_device_blocks + 1, manager.block_size)
+        size = manager.num_device_blocks + 1, manager.block_size
+        return HostPool(list(memory.regions), *size, owner=memory)
 
     def follow(self) -> bool:
         """Take the stream that the caller is on now: before anything is queued.

@@ -53,6 +53,10 @@ class _Layer:
     """
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        if k.device != v.device:
+            raise InvalidSpec(
+                f"k_pool is on {k.device} and v_pool on {v.device}: expected one device"
+            )
         for part in (k, v):
             shape, stride = part.shape, part.stride()
             if len(shape) != 4 or stride[1:] != (shape[2] * shape[3], shape[3], 1):
@@ -66,7 +70,7 @@ class _Layer:
                 "are not one layer's"
             )
         self._k, self._v = (k.shape, k.stride()), (v.shape, v.stride())
-        self._dtype = k.dtype
+        self._dtype, self._device = k.dtype, k.device
         size = k.element_size()
         self.k_bytes, self.v_bytes = (p.shape[2] * p.shape[3] * size for p in (k, v))  # of a token
         regions = [
@@ -93,6 +97,7 @@ class _Layer:
             and k.stride() == self._k[1]
             and v.stride() == self._v[1]
             and k.dtype is v.dtype is self._dtype
+            and k.device == v.device == self._device
         )
 
 

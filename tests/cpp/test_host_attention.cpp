@@ -212,7 +212,10 @@ TEST_CASE("tokens can be left out at the front") {
 }
 
 TEST_CASE("scores of any size neither overflow nor vanish") {
-  for (const float scale : {1e-6f, 100.0f}) check({.scale = scale, .lengths = {5, 300}});
+  for (const float scale : {1e-6f, 100.0f, 0.0f, -0.5f}) {
+    check({.scale = scale, .lengths = {5, 300}});
+    check({.scale = scale, .softcap = 2.0f, .lengths = {5, 300}});
+  }
 }
 
 TEST_CASE(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +18,7 @@ torch = pytest.importorskip("torch")
 import pagedkv as pk  # noqa: E402
 from attention_world import AttentionWorld  # noqa: E402
 from pagedkv import InvalidSpec, InvalidState  # noqa: E402
-from pagedkv.attention import BACKENDS, blockwise, flex  # noqa: E402
+from pagedkv.attention import BACKENDS, blockwise, decode, flex  # noqa: E402
 from pagedkv.attention import _choose as choose  # noqa: E402
 from pagedkv.attention.call import Call  # noqa: E402
 from pagedkv.testing import CudaDevice, SimulatedCuda, SimulatedDevice  # noqa: E402
@@ -25,7 +27,7 @@ torch.set_num_threads(1)
 
 HERE = ["gather", "blockwise", "flex"]  # what a CPU can run
 OPTIONS: list[dict[str, Any]] = [{}, {"softcap": 2.0}, {"window": 5}, {"window": 1}, {"scale": 0.7}]
-OPTIONS += [{"softcap": 3.0, "window": 11}]
+OPTIONS += [{"softcap": 3.0, "window": 11}, {"scale": -0.3, "softcap": 2.0}, {"window": 1 << 40}]
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +171,51 @@ def test_rows_of_one_token_are_read_off_their_blocks(
         for options in OPTIONS:
             w.check("blockwise", ids, [1, 1, 1], **options)
             w.check("auto", [*beams, ids[2]], [1] * 4, **options)
+
+
+def test_the_kernel_leaves_gradients_and_float64_to_others() -> None:
+    with world() as w:
+        ids, q = w.new([7]), torch.randn(1, 4, 16)
+        for odd, takes in ((q, True), (q.double(), False), (q.clone().requires_grad_(), False)):
+            _, (found, out) = w.step(
+                ids, [1],
+                lambda _, s, odd=odd: (
+                    decode.takes(w.kv, call(odd)), w.kv.attention(0, odd, s, backend="blockwise")
+                ),
+            )  # fmt: skip
+            assert found == takes
+            assert (out.dtype, out.requires_grad) == (odd.dtype, odd.requires_grad)
+
+
+CLOSED_BY_ANOTHER_THREAD = """
+import threading, time, numpy as np, torch, pagedkv as pk
+torch.set_num_threads(1)
+kv = pk.KVCache(pk.KVSpec(1, 8, 128, "float32"), num_device_blocks=600)
+sequence = kv.create()
+step = kv.step([sequence], counts=[8000])
+step.commit()
+step, ended = kv.step([sequence]), []
+def work():
+    try:
+        while True:
+            kv.attention(0, torch.ones(1, 32, 128), step)
+            kv.write(0, torch.ones(1, 8, 128), torch.ones(1, 8, 128), step)
+    except pk.KVError as error:
+        ended.append(error)
+thread = threading.Thread(target=work)
+thread.start()
+time.sleep(0.2)
+kv.close()
+thread.join()
+assert len(ended) == 1
+"""
+
+
+def test_a_cache_that_is_closed_meanwhile_is_there_until_its_kernel_has_ended() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", CLOSED_BY_ANOTHER_THREAD], capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_blockwise_gathers_a_run_of_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ BAD_STATES: list[tuple[str, Callable[[list[Any]], Any]]] = [
     ("a list", lambda a: [*a[:1], a[1].tolist(), *a[2:]]),
     ("fewer positions", lambda a: [*a[:2], a[2][:-1], *a[3:]]),
     ("fewer starts", lambda a: [*a[:3], a[3][:-1], *a[4:]]),
+    ("starts past the tokens", lambda a: [*a[:3], a[3] + np.int32(9), *a[4:]]),
+    ("starts backwards", lambda a: [*a[:3], np.array([0, 3, 2], np.int32), *a[4:]]),
     ("fewer rows", lambda a: [*a[:5], a[5][:-1], *a[6:]]),
     ("flat tables", lambda a: [*a[:5], a[5].ravel(), *a[6:]]),
     ("strided tables", lambda a: [*a[:5], np.repeat(a[5], 2, 1)[:, ::2], *a[6:]]),

@@ -53,7 +53,8 @@ def attend(
             [B, Hq, query length, max(seq_lens)], in place of the causal rule; every row of the
             step must then have the same number of new tokens. "gather" alone takes one.
         backend: one of BACKENDS, or "auto", the first that can of: on a GPU "flash_attn",
-            "flashinfer", "varlen", "gather"; on a CPU "blockwise" for long sequences, else
+            "flashinfer", "varlen", "gather"; on a CPU "blockwise" where rows have one new token
+            in float32 or bfloat16, heads of a multiple of 8, and for long sequences, else
             "gather".
 
     Returns [T, Hq, v_dim] in q's dtype.

@@ -204,7 +204,8 @@ def _attend(
         else:
             k, v = k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1)
         out, sums = flash(q, k, v, 0.0, is_causal, scale=call.scale)
-        return out.float().reshape(heads, group, num, dim), sums.reshape(heads, group, num)
+        sums = sums.float().reshape(heads, group, num)
+        return out.float().reshape(heads, group, num, dim), sums
     scores = (q.reshape(heads, group * num, dim) @ k[:, 0].transpose(-1, -2)).float() * call.scale
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)

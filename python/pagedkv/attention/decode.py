@@ -13,11 +13,14 @@ if TYPE_CHECKING:
 
 __all__ = ["decode", "takes"]
 
+_INT32 = 2**31 - 1
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def takes(kv: KVCache, call: Call) -> bool:
-    """Whether there is one for what this layer keeps."""
+    """Whether there is one for what this layer keeps. It computes in float32, without gradients."""
+    if call.q.dtype == torch.float64 or (call.q.requires_grad and torch.is_grad_enabled()):
+        return False
     layer, dtype = kv.spec.layers[call.layer], kv.k(call.layer).dtype
     whole = layer.k_dim % 8 == 0 and layer.v_dim % 8 == 0
     return whole and dtype in _TYPES and kv.host_pool is not None
@@ -53,7 +56,7 @@ def decode(
         num_heads // layer.num_kv_heads,
         call.scale,
         call.softcap or 0.0,
-        call.window or 0,
+        min(call.window or 0, _INT32),
         begin,
         q.data_ptr(),
         out.data_ptr(),
