@@ -5,12 +5,12 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 
 #include "bindings/dlpack.h"
 #include "bindings/module.h"
 #include "bindings/pools.h"
-#include "core/error.h"
 
 namespace py = pybind11;
 
@@ -35,8 +35,8 @@ Exchange exchange_of(py::handle tensor) {
   return {Py_TYPE(tensor.ptr()), api};
 }
 
-const std::byte* address(const dlpack::Tensor& t) {
-  return static_cast<const std::byte*>(t.data) + t.byte_offset;
+std::uintptr_t address(const dlpack::Tensor& t) {
+  return reinterpret_cast<std::uintptr_t>(t.data) + t.byte_offset;
 }
 
 // Whether dimensions from `first` on lie dense behind each other. One of one element has any
@@ -81,7 +81,7 @@ class Part {
     return t.strides != nullptr ? t.strides[0] : t.shape[1] * t.shape[2] * t.shape[3];
   }
 
-  const std::byte* at_;
+  std::uintptr_t at_;
   dlpack::Device device_;
   dlpack::DataType dtype_;
   std::int64_t block_stride_;
@@ -107,12 +107,8 @@ class LayerWriter {
     if (!k_ || !v_) return false;  // the pools themselves could not be looked at
     if (!look_at(k, seen[0]) || !k_->takes(seen[0], num_tokens)) return false;
     if (!look_at(v, seen[1]) || !v_->takes(seen[1], num_tokens)) return false;
-    run_without_gil_if_long(num_tokens * (k_->token_bytes() + v_->token_bytes()), [&] {
-      pool_.write(
-          layer_,
-          {reinterpret_cast<const std::int64_t*>(slots), static_cast<std::size_t>(num_tokens)},
-          address(seen[0]), k_->token_bytes(), address(seen[1]), v_->token_bytes());
-    });
+    write_tokens(pool_, layer_, slots, static_cast<std::size_t>(num_tokens), address(seen[0]),
+                 k_->token_bytes(), address(seen[1]), v_->token_bytes());
     return true;
   }
 
@@ -126,7 +122,7 @@ class LayerWriter {
         seen.device != k_->device() || !is_dense(seen)) {
       return false;
     }
-    return write(reinterpret_cast<std::uintptr_t>(address(seen)), seen.shape[0], k, v);
+    return write(address(seen), seen.shape[0], k, v);
   }
 
  private:

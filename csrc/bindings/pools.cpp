@@ -23,12 +23,14 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void write(Pool& pool, std::size_t layer, std::uintptr_t slots, std::size_t num_tokens,
-           std::uintptr_t k, std::int64_t k_stride, std::uintptr_t v, std::int64_t v_stride) {
-  run_without_gil_if_long(static_cast<std::int64_t>(num_tokens) * (k_stride + v_stride), [&] {
-    pool.write(layer, {pointer<const std::int64_t>(slots), num_tokens}, pointer<const std::byte>(k),
-               k_stride, pointer<const std::byte>(v), v_stride);
-  });
+// Copies `bytes` in host memory, letting other Python threads in where that takes long enough to
+// pay.
+template <class F>
+void run_without_gil_if_long(std::int64_t bytes, F&& copy) {
+  constexpr std::int64_t kLongBytes = 256 * 1024;  // about 20 us
+  if (bytes < kLongBytes) return copy();
+  const py::gil_scoped_release release;
+  copy();
 }
 
 void gather(Pool& pool, std::size_t region, std::uintptr_t block_tables, std::int64_t table_stride,
@@ -73,6 +75,15 @@ void attend_rows(const HostPool& pool, std::size_t layer, const std::string& dty
 
 }  // namespace
 
+void write_tokens(Pool& pool, std::size_t layer, std::uintptr_t slots, std::size_t num_tokens,
+                  std::uintptr_t k, std::int64_t k_stride, std::uintptr_t v,
+                  std::int64_t v_stride) {
+  run_without_gil_if_long(static_cast<std::int64_t>(num_tokens) * (k_stride + v_stride), [&] {
+    pool.write(layer, {pointer<const std::int64_t>(slots), num_tokens}, pointer<const std::byte>(k),
+               k_stride, pointer<const std::byte>(v), v_stride);
+  });
+}
+
 std::vector<Region> regions_of(const py::list& regions) {
   std::vector<Region> list;
   for (const py::handle item : regions) {
@@ -98,8 +109,8 @@ void bind_pools(py::module_& m) {
             self.copy_blocks({pointer<const std::int32_t>(copies), 3 * num_copies});
           },
           py::arg("copies"), py::arg("num_copies"))
-      .def("write", &write, py::arg("layer"), py::arg("slots"), py::arg("num_tokens"), py::arg("k"),
-           py::arg("k_stride"), py::arg("v"), py::arg("v_stride"))
+      .def("write", &write_tokens, py::arg("layer"), py::arg("slots"), py::arg("num_tokens"),
+           py::arg("k"), py::arg("k_stride"), py::arg("v"), py::arg("v_stride"))
       .def("gather", &gather, py::arg("region"), py::arg("block_tables"), py::arg("table_stride"),
            py::arg("num_rows"), py::arg("table_width"), py::arg("first_block"),
            py::arg("num_tokens"), py::arg("num_heads"), py::arg("width"), py::arg("target"))

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -15,15 +16,9 @@ namespace pagedkv {
 // (address, bytes from block to block, bytes of a token) of each region.
 std::vector<Region> regions_of(const pybind11::list& regions);
 
-// Copies `bytes` in host memory, letting other Python threads in where that takes long enough to
-// pay.
-template <class F>
-void run_without_gil_if_long(std::int64_t bytes, F&& copy) {
-  constexpr std::int64_t kLongBytes = 256 * 1024;  // about 20 us
-  if (bytes < kLongBytes) return copy();
-  const pybind11::gil_scoped_release release;
-  copy();
-}
+// Token t of a layer's keys and values, at k + t * k_stride and v + t * v_stride, goes to slots[t].
+void write_tokens(Pool& pool, std::size_t layer, std::uintptr_t slots, std::size_t num_tokens,
+                  std::uintptr_t k, std::int64_t k_stride, std::uintptr_t v, std::int64_t v_stride);
 
 Schedule schedule_of(const std::string& name);
 

@@ -79,8 +79,10 @@ class _Layer:
         ]
         num_blocks, block_size = k.shape[:2]
         self.device = _device(k.device.index) if k.is_cuda else None
-        self.pool: Pool = HostPool(regions, num_blocks, block_size)
-        if self.device is not None:
+        self.pool: Pool
+        if self.device is None:
+            self.pool = HostPool(regions, num_blocks, block_size)
+        else:
             self.pool = CudaPool(self.device, regions, num_blocks, block_size, 0, 0, 0, 0)
         self.writer = LayerWriter(self.pool, 0, k, v)
 

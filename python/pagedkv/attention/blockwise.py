@@ -160,8 +160,8 @@ def _keys(
 
     k and v are [H, 1, stop - start, dim], in memory that the next run overwrites.
     """
-    layer, size = kv.spec.layers[call.layer], kv.spec.block_size
-    step_tokens = max(1, RUN_BYTES // (layer.k_bytes + layer.v_bytes) // size) * size
+    size = kv.spec.block_size
+    step_tokens = max(1, RUN_BYTES // _token_bytes(kv, call) // size) * size
     table = step.block_tables[row : row + 1]
     bounds = [(at, end)] if end > at else []
     bounds += [
