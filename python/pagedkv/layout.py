@@ -92,8 +92,8 @@ def _empty(num_bytes: int, layout: Layout, device: torch.device) -> torch.Tensor
 
 def region(view: torch.Tensor) -> tuple[int, int, int]:
     """Of keys or values [N, P, H, D] whose tokens are rows, what a pool has to know."""
-    size = view.element_size()
-    return view.data_ptr(), view.stride(0) * size, view[0, 0].numel() * size
+    size, (_, _, num_heads, dim) = view.element_size(), view.shape
+    return view.data_ptr(), view.stride(0) * size, num_heads * dim * size
 
 
 def _views(spec: KVSpec, part: _Part) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
@@ -105,9 +105,7 @@ def _views(spec: KVSpec, part: _Part) -> tuple[tuple[torch.Tensor, torch.Tensor]
         size = spec.block_size * token_bytes
         typed = part(offset, size).view(getattr(torch, layer.dtype))
         offset += size
-        shape = (spec.block_size, layer.num_kv_heads, dim)
-        found: torch.Tensor = typed.unflatten(1, shape)
-        return found
+        return typed.view(-1, spec.block_size, layer.num_kv_heads, dim)
 
     for layer in spec.layers:
         k = view(layer, layer.k_bytes, layer.k_dim)

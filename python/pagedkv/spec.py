@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from pagedkv.config import ModelConfig
@@ -71,12 +72,12 @@ class LayerSpec:
             _check("window", self.window)
         _check("state_bytes", self.state_bytes, 0)
 
-    @property
+    @cached_property
     def k_bytes(self) -> int:
         """Bytes of one token's keys: num_kv_heads * k_dim * bytes per element."""
         return self.num_kv_heads * self.k_dim * DTYPE_BYTES[self.dtype]
 
-    @property
+    @cached_property
     def v_bytes(self) -> int:
         """Bytes of one token's values: num_kv_heads * v_dim * bytes per element."""
         return self.num_kv_heads * self.v_dim * DTYPE_BYTES[self.dtype]

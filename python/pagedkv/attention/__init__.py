@@ -63,14 +63,15 @@ def attend(
         InvalidSpec: q has another shape than [T, Hq, k_dim], an option is out of range, or the
             backend is not installed or cannot do this: the message says which can.
     """
-    plan, spec = step.plan, kv.spec.layers[layer]
-    if q.dim() != 3 or q.shape[0] != plan.num_tokens or q.shape[2] != spec.k_dim:
+    shape, spec = q.shape, kv.spec.layers[layer]
+    if len(shape) != 3 or shape[0] != step.num_tokens or shape[2] != spec.k_dim:
         raise InvalidSpec(
-            f"q is {list(q.shape)}, expected [{plan.num_tokens}, query heads, {spec.k_dim}]"
+            f"q is {list(shape)}, expected [{step.num_tokens}, query heads, {spec.k_dim}]"
         )
-    if not q.shape[1] or q.shape[1] % spec.num_kv_heads:
+    num_heads = shape[1]
+    if not num_heads or num_heads % spec.num_kv_heads:
         raise InvalidSpec(
-            f"q has {q.shape[1]} heads, expected a multiple of {spec.num_kv_heads} KV heads"
+            f"q has {num_heads} heads, expected a multiple of {spec.num_kv_heads} KV heads"
         )
     if q.device != kv.device:
         raise InvalidSpec(f"q is on {q.device}, expected {kv.device}")
@@ -89,19 +90,16 @@ def attend(
 
 
 def _choose(kv: KVCache, call: Call, step: Step, name: str) -> Backend:
+    if name == "auto" and kv.device.type != "cuda":
+        return blockwise if blockwise.is_faster(kv, call, step) else gather
     if name == "auto":
-        on_gpu = kv.device.type == "cuda"
-        for backend in (flash_attn, flashinfer, varlen) if on_gpu else (blockwise,):
-            if backend.refusal(kv, call) is None and (
-                on_gpu or blockwise.is_faster(kv, call, step)
-            ):
-                return backend
-        return gather
+        able = (b for b in (flash_attn, flashinfer, varlen) if b.refusal(kv, call) is None)
+        return next(able, gather)
     if name not in BACKENDS:
         names = ", ".join(f'"{known}"' for known in BACKENDS)
         raise InvalidSpec(f'backend is {name!r}, expected "auto" or one of {names}')
     reason = BACKENDS[name].refusal(kv, call)
     if reason is not None:
-        able = [f'"{other}"' for other, one in BACKENDS.items() if one.refusal(kv, call) is None]
-        raise InvalidSpec(f'backend "{name}" {reason}; these can: {", ".join(able)}')
+        others = [f'"{other}"' for other, one in BACKENDS.items() if one.refusal(kv, call) is None]
+        raise InvalidSpec(f'backend "{name}" {reason}; these can: {", ".join(others)}')
     return BACKENDS[name]

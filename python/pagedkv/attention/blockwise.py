@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pagedkv.attention.call import equal_counts
-from pagedkv.attention.decode import decode, takes
+from pagedkv.attention.decode import decode, decode_with_sums, takes
 
 if TYPE_CHECKING:
     from pagedkv.attention.call import Call
@@ -40,11 +40,17 @@ def refusal(kv: KVCache, call: Call) -> str | None:
 
 
 def is_faster(kv: KVCache, call: Call, step: Step) -> bool:
-    """Than gathering all: it was with the kernel, and from two runs of blocks on."""
-    if takes(kv, call) and any(run[3] == 1 for run in _runs(kv, call, step)):
+    """Than gathering all, where it can: it was with the kernel, and from two runs of blocks on."""
+    if call.attn_mask is not None:
+        return False
+    if takes(kv, call) and step.kept("one new token", lambda: _has_one_new_token(step)):
         return True
     lens = step.plan.seq_lens
     return len(lens) > 0 and int(lens.max()) * _token_bytes(kv, call) > 2 * RUN_BYTES
+
+
+def _has_one_new_token(step: Step) -> bool:
+    return any(count == 1 for _, _, count in equal_counts(step.plan))
 
 
 def _token_bytes(kv: KVCache, call: Call) -> int:
@@ -59,12 +65,13 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
         if shared and call.window is None:
             parts.append(_beams(kv, call, step, first, last, shared))
         elif count == 1 and has_kernel:
-            parts.append(decode(kv, call, step, first, last)[0])
+            parts.append(decode(kv, call, step, first, last))
         else:
             parts += _rows(kv, call, step, first, last, count)
     if not parts:
         return call.q.new_empty(0, call.q.shape[1], kv.spec.layers[call.layer].v_dim)
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(call.q.dtype)
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out if out.dtype is call.q.dtype else out.to(call.q.dtype)
 
 
 def _runs(kv: KVCache, call: Call, step: Step) -> list[tuple[int, int, int, int]]:
@@ -136,7 +143,7 @@ def _beams(kv: KVCache, call: Call, step: Step, first: int, last: int, shared: i
     q = call.q[at : at + last - first].unflatten(1, (heads, -1))
     part: Part
     if takes(kv, call):
-        found, sums = decode(kv, call, step, first, last, begin)
+        found, sums = decode_with_sums(kv, call, step, first, last, begin)
         part = (
             found.unflatten(1, (heads, -1)).permute(1, 2, 0, 3),
             sums.unflatten(1, (heads, -1)).permute(1, 2, 0),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Backend", "Call", "equal_counts", "installed", "kernel_refusal", "window_pair"]
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One layer's attention, its arguments checked.
 
     Attributes:

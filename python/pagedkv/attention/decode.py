@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pagedkv.cache import KVCache
     from pagedkv.step import Step
 
-__all__ = ["decode", "takes"]
+__all__ = ["decode", "decode_with_sums", "takes"]
 
 _INT32 = 2**31 - 1
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -19,39 +19,48 @@ _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 def takes(kv: KVCache, call: Call) -> bool:
     """Whether there is one for what this layer keeps. It computes in float32, without gradients."""
-    if call.q.dtype == torch.float64 or (call.q.requires_grad and torch.is_grad_enabled()):
+    q = call.q
+    if q.dtype == torch.float64 or (q.requires_grad and torch.is_grad_enabled()):
         return False
     layer, dtype = kv.spec.layers[call.layer], kv.k(call.layer).dtype
     whole = layer.k_dim % 8 == 0 and layer.v_dim % 8 == 0
     return whole and dtype in _TYPES and kv.host_pool is not None
 
 
-def decode(
-    kv: KVCache, call: Call, step: Step, first: int, last: int, begin: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [first, last) of the step, of one new token each, to keys from `begin` on.
+def decode(kv: KVCache, call: Call, step: Step, first: int, last: int) -> torch.Tensor:
+    """Rows [first, last) of the step, of one new token each: float32 [last - first, Hq, v_dim]."""
+    return _decode(kv, call, step, first, last, 0, None)
 
-    Returns float32 [last - first, Hq, v_dim] and the log-sum-exp of each one's scores
-    [last - first, Hq].
-    """
-    q, layer, num_rows = call.q, kv.spec.layers[call.layer], last - first
-    if num_rows < len(q):
-        at = int(step.plan.query_starts[first])
-        q = q[at : at + num_rows]
-    q = q.float().contiguous()
-    num_heads = q.shape[1]
-    out, sums = q.new_empty(num_rows, num_heads, layer.v_dim), q.new_empty(num_rows, num_heads)
-    tables, pool = step.block_tables, kv.host_pool
-    stride = tables.stride(0)
+
+def decode_with_sums(
+    kv: KVCache, call: Call, step: Step, first: int, last: int, begin: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same to keys from `begin` on, and the log-sum-exp of the scores [last - first, Hq]."""
+    sums = torch.empty(last - first, call.q.shape[1])
+    return _decode(kv, call, step, first, last, begin, sums), sums
+
+
+def _decode(
+    kv: KVCache,
+    call: Call,
+    step: Step,
+    first: int,
+    last: int,
+    begin: int,
+    sums: torch.Tensor | None,
+) -> torch.Tensor:
+    q, layer, pool = call.q, kv.spec.layers[call.layer], kv.host_pool
     assert pool is not None
+    if last - first < len(q):
+        at = int(step.plan.query_starts[first])
+        q = q[at : at + last - first]
+    q = q.float().contiguous()  # itself, where it is so
+    num_rows, num_heads, _ = q.shape
+    out = q.new_empty(num_rows, num_heads, layer.v_dim)
     pool.attend(
         call.layer,
         _TYPES[kv.k(call.layer).dtype],
-        tables.data_ptr() + first * stride * tables.element_size(),
-        stride,
-        num_rows,
-        tables.shape[1],
-        step.seq_lens.data_ptr() + first * step.seq_lens.element_size(),
+        *step.kept(("rows", first, last), lambda: _rows(step, first, last)),
         layer.num_kv_heads,
         num_heads // layer.num_kv_heads,
         call.scale,
@@ -60,6 +69,12 @@ def decode(
         begin,
         q.data_ptr(),
         out.data_ptr(),
-        sums.data_ptr(),
+        0 if sums is None else sums.data_ptr(),
     )
-    return out, sums
+    return out
+
+
+def _rows(step: Step, first: int, last: int) -> tuple[int, int, int, int, int]:
+    """Where rows' tables are, their stride, number and width, and where the rows' lengths are."""
+    tables, lens = step.block_tables[first:last], step.seq_lens[first:last]
+    return tables.data_ptr(), tables.stride(0), *tables.shape, lens.data_ptr()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pagedkv.integrations._attention import ATTENTION
+from pagedkv.integrations._attention import ATTENTION, attends_paged
 
 # The inputs that have one row per sequence. A forward with any other tensor is not folded.
 _ROW_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
@@ -69,9 +69,13 @@ def unfold_rows(output: Any, num_rows: int, places: torch.Tensor) -> Any:
 
 
 class AttentionSwitch:
-    """Sets the attention function of a model's layers for the length of one forward."""
+    """Sets the attention function of a model's layers for the length of one forward.
+
+    `attends_paged`: whether the layers would ask the one that it sets.
+    """
 
     def __init__(self, model: Any) -> None:
+        self.attends_paged = attends_paged(model)
         found = {id(model.config): model.config}
         for module in model.modules():
             if hasattr(module, "layer_idx") and hasattr(module, "config"):

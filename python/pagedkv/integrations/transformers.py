@@ -25,7 +25,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pagedkv.cache import KVCache
 from pagedkv.errors import InvalidState
-from pagedkv.integrations._attention import attends_paged
 from pagedkv.integrations._forward import AttentionSwitch, fold_rows, unfold_rows
 from pagedkv.integrations._rows import CacheStats, OpenStep, Rows
 from pagedkv.spec import KVSpec
@@ -108,10 +107,11 @@ class PagedCache(Cache):
             max_model_len=2 * max(num_tokens, 1),  # so that blocks run out, not lengths
             layout="layer_major",  # neighbouring blocks of a layer are one run of memory
         )
-        paged = attends_paged(model) if paged_attention is None else paged_attention
-        cache = cls(kv, paged_attention=paged)
-        cache._owns_kv = True
         attach(model)
+        if paged_attention is None:
+            paged_attention = _switches[model].attends_paged
+        cache = cls(kv, paged_attention=paged_attention)
+        cache._owns_kv = True
         return cache
 
     # -- what a model's layers and generate() call -----------------------------------------------
@@ -371,20 +371,20 @@ class PagedCache(Cache):
         assert forward.open_step is not None
         forward.unread = None
         step = forward.open_step.step
-        batch, _, num_new, _ = query.shape
+        batch, num_new = query.shape[0], query.shape[2]
         if softcap is None and mask is not None and len(step.shared_runs) == batch:
             keys, values = self.kv.gather(layer, step)  # nothing is read twice
             return sdpa_attention_forward(module, query, keys, values, mask, scaling=scale)[0]
-        tokens = query.transpose(1, 2).flatten(0, 1)
         output = self.kv.attention(
-            layer, tokens, step, scale=scale, softcap=softcap, attn_mask=mask
+            layer, _by_token(query), step, scale=scale, softcap=softcap, attn_mask=mask
         )
-        return output.view(batch, num_new, *output.shape[1:])
+        return output.unflatten(0, (batch, num_new)) if num_new > 1 else output.unsqueeze(1)
 
 
 def _by_token(states: torch.Tensor) -> torch.Tensor:
     """[B, H, Q, D] as [B * Q, H, D]: the rows' tokens one after the other."""
-    return states.detach().transpose(1, 2).flatten(0, 1)
+    one = states.shape[2] == 1
+    return states.squeeze(2) if one else states.transpose(1, 2).flatten(0, 1)
 
 
 _switches: WeakKeyDictionary[torch.nn.Module, AttentionSwitch] = WeakKeyDictionary()
