@@ -51,7 +51,7 @@ void attend_rows(const HostPool& pool, std::size_t layer, const std::string& dty
                  std::int32_t table_width, std::uintptr_t seq_lens, std::int32_t num_kv_heads,
                  std::int32_t group, float scale, float softcap, std::int32_t window,
                  std::int32_t first, std::uintptr_t queries, std::uintptr_t outputs,
-                 std::uintptr_t sums) {
+                 std::uintptr_t sums, int num_threads) {
   const TableView table{pointer<const std::int32_t>(block_tables), table_stride, num_rows,
                         table_width};
   const DecodeRows rows{
@@ -69,7 +69,7 @@ void attend_rows(const HostPool& pool, std::size_t layer, const std::string& dty
   };
   run_without_gil_if_long(std::int64_t{num_rows} * table_width * 256, [&] {
     attend(pool, table, {pointer<const std::int32_t>(seq_lens), static_cast<std::size_t>(num_rows)},
-           rows);
+           rows, num_threads);
   });
 }
 
@@ -126,7 +126,7 @@ void bind_pools(py::module_& m) {
            py::arg("table_stride"), py::arg("num_rows"), py::arg("table_width"),
            py::arg("seq_lens"), py::arg("num_kv_heads"), py::arg("group"), py::arg("scale"),
            py::arg("softcap"), py::arg("window"), py::arg("first"), py::arg("queries"),
-           py::arg("outputs"), py::arg("sums"));
+           py::arg("outputs"), py::arg("sums"), py::arg("num_threads"));
   py::class_<SimulatedPool, Pool>(m, "SimulatedPool", py::is_final(),
                                   "On the compute stream of a simulated device.")
       .def(py::init([](std::shared_ptr<SimulatedDevice> device, const py::list& regions,

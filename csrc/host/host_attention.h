@@ -27,13 +27,15 @@ struct DecodeRows {
 };
 
 // Row b is table's row b, seq_lens[b] > first tokens long with the new one, which is in its block.
-// k_dim and v_dim have to be multiples of 8. std::invalid_argument, before anything is written, for
-// a block outside the pool.
+// k_dim and v_dim have to be multiples of 8. On up to num_threads threads, as far as there is work
+// for them: long rows are read in pieces. std::invalid_argument, before anything is written, for a
+// block outside the pool.
 void attend(const HostPool& pool, const TableView& table, std::span<const std::int32_t> seq_lens,
-            const DecodeRows& rows);
+            const DecodeRows& rows, int num_threads = 1);
 
 // The same by what every machine has: attend() itself takes more where that is there.
 void attend_portably(const HostPool& pool, const TableView& table,
-                     std::span<const std::int32_t> seq_lens, const DecodeRows& rows);
+                     std::span<const std::int32_t> seq_lens, const DecodeRows& rows,
+                     int num_threads = 1);
 
 }  // namespace pagedkv

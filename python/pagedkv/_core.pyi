@@ -479,6 +479,7 @@ class HostPool(Pool):
         self, layer: int, dtype: str, block_tables: int, table_stride: int, num_rows: int,
         table_width: int, seq_lens: int, num_kv_heads: int, group: int, scale: float,
         softcap: float, window: int, first: int, queries: int, outputs: int, sums: int,
+        num_threads: int,
     ) -> None:  # fmt: skip
         """Attention of one new token per row, K and V being "float32" or "bfloat16".
 

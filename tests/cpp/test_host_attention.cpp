@@ -123,14 +123,14 @@ struct Memory {
     return {table.data(), width, static_cast<std::int32_t>(shape.lengths.size()), width};
   }
 
-  std::vector<float> found(decltype(&attend) run) const {
+  std::vector<float> found(decltype(&attend) run, int num_threads = 1) const {
     const std::size_t heads = queries.size() / static_cast<std::size_t>(shape.k_dim);
     const std::size_t size = heads * static_cast<std::size_t>(shape.v_dim);
     std::vector<float> outputs(size + heads, NAN);
     DecodeRows asked = rows(outputs.data());
-    run(*pool, view(), shape.lengths, asked);
+    run(*pool, view(), shape.lengths, asked, num_threads);
     asked.sums = outputs.data() + size;
-    run(*pool, view(), shape.lengths, asked);
+    run(*pool, view(), shape.lengths, asked, num_threads);
     return outputs;
   }
 
@@ -158,11 +158,11 @@ struct Memory {
   std::vector<float> queries;
 };
 
-void check(const Case& c) {
+void check(const Case& c, int num_threads = 1) {
   const Memory memory(c);
   const std::vector<double> expected = memory.expected();
   for (const auto run : {&attend, &attend_portably}) {
-    const std::vector<float> outputs = memory.found(run);
+    const std::vector<float> outputs = memory.found(run, num_threads);
     REQUIRE(outputs.size() == expected.size());
     for (std::size_t i = 0; i < outputs.size(); ++i) {
       CHECK(outputs[i] == doctest::Approx(expected[i]).epsilon(1e-4).scale(1));
@@ -195,6 +195,41 @@ TEST_CASE("attention off the blocks is attention") {
 TEST_CASE("a long sequence is read in parts, whose softmax is one") {
   check({.group = 2, .lengths = {255, 256, 257, 700}});
   check({.block_size = 48, .lengths = {511, 1024}});
+}
+
+TEST_CASE("several threads read long rows in pieces, and many rows one by one") {
+  // A piece is of 256 tokens: 128 make the 1 MiB that a thread is worth.
+  const Case wide{.num_kv_heads = 8, .group = 2, .k_dim = 128, .v_dim = 128, .scale = 0.05f};
+  for (const std::vector<std::int32_t>& lengths :
+       {std::vector<std::int32_t>{1100}, {1, 513, 700, 512}, {260, 30, 200, 256, 257, 17}}) {
+    Case c = wide;
+    c.lengths = lengths;
+    check(c, 3);
+    c.first = 16 * static_cast<int>(std::ranges::min(lengths) > 16);
+    c.window = 600;
+    c.type = FloatType::kBFloat16;
+    check(c, 16);
+  }
+}
+
+TEST_CASE("a piece whose keys have no weight at all adds nothing, and NaN shows wherever it is") {
+  const Case c{.num_kv_heads = 8, .k_dim = 128, .v_dim = 128, .scale = 1, .lengths = {1200}};
+  Memory memory(c);
+  std::ranges::fill(memory.queries, 1.0f);
+  for (int t = 0; t < 600; ++t) memory.put(0, 0, t, 0, -INFINITY);  // of the first KV head
+  const std::vector<double> expected = memory.expected();
+  for (const int num_threads : {1, 4}) {
+    const std::vector<float> outputs = memory.found(&attend, num_threads);
+    for (std::size_t i = 0; i < outputs.size(); ++i) {
+      CHECK(outputs[i] == doctest::Approx(expected[i]).epsilon(1e-4).scale(1));
+    }
+  }
+  memory.put(1, 0, 1100, 5, NAN);
+  for (const int num_threads : {1, 4}) {
+    const std::vector<float> outputs = memory.found(&attend, num_threads);
+    CHECK(std::isnan(outputs[5]));
+    CHECK(!std::isnan(outputs[6]));
+  }
 }
 
 TEST_CASE("a window hides all that is before it, and a softcap bounds scores") {

@@ -187,6 +187,34 @@ def test_the_kernel_leaves_gradients_and_float64_to_others() -> None:
             assert (out.dtype, out.requires_grad) == (odd.dtype, odd.requires_grad)
 
 
+IN_A_CHILD = """
+import os, sys, numpy as np, torch, pagedkv as pk
+kv = pk.KVCache(pk.KVSpec(1, 8, 128, "float32"), num_device_blocks=200)
+sequences, random = np.array([kv.create(), kv.create()]), torch.Generator().manual_seed(0)
+with kv.step(sequences, counts=np.array([1500, 300])) as step:
+    k = torch.randn(1800, 8, 128, generator=random)
+    kv.write(0, k, k, step)
+step, q = kv.step(sequences, counts=np.array([1, 1])), torch.randn(2, 16, 128, generator=random)
+kv.write(0, k[:2], k[:2], step)
+found = []
+for num_threads in (1, 2, 7):
+    torch.set_num_threads(num_threads)
+    found.append(kv.attention(0, q, step))
+    torch.testing.assert_close(found[-1], kv.attention(0, q, step, backend="gather"))
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(kv.attention(0, q, step), found[-1]) else 1)
+sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+def test_the_kernel_takes_as_many_threads_as_torch_has_and_in_a_forked_child_one() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", IN_A_CHILD], capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+
+
 CLOSED_BY_ANOTHER_THREAD = """
 import threading, time, numpy as np, torch, pagedkv as pk
 torch.set_num_threads(1)

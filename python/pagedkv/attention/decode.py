@@ -70,6 +70,7 @@ def _decode(
         q.data_ptr(),
         out.data_ptr(),
         0 if sums is None else sums.data_ptr(),
+        torch.get_num_threads(),
     )
     return out
 

@@ -1,0 +1,55 @@
+// Attention of one row's new token, on one thread.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "host/host_attention.h"
+
+namespace pagedkv {
+
+// k_dim and v_dim are multiples of this.
+inline constexpr std::int64_t kLanes = 8;
+
+// Tokens whose scores are kept at a time: softmax runs on over the parts of a sequence, as in
+// Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
+inline constexpr std::int64_t kPart = 256;
+inline constexpr std::int64_t kScores = kPart + kLanes;  // from one query's scores to the next's
+
+struct RowShape {
+  Region keys, values;
+  std::int64_t block_size, k_dim, v_dim;
+};
+
+// A row's table, the tokens [first, end) that it sees, and its part of what DecodeRows says.
+struct Row {
+  const std::int32_t* cells;
+  std::int64_t first, end;
+  const float* queries;
+  float *outputs, *sums;
+};
+
+// Of one query head: the largest score so far, and the sum of e ** (score - largest).
+struct Norm {
+  float largest = -std::numeric_limits<float>::infinity();
+  float sum = 0;
+};
+
+// What a thread works in.
+struct RowSpace {
+  RowSpace(const RowShape& shape, std::int64_t num_heads);
+
+  std::vector<float> scores;  // [query heads, kScores]
+  std::vector<float> tile;    // [block_size, the larger dim]
+  std::vector<Norm> norms;    // [query heads]
+};
+
+using AttendRow = void (*)(const RowShape& shape, const Row& row, const DecodeRows& rows,
+                           RowSpace& space);
+
+// By the best that this machine has, and by what every machine has.
+AttendRow attend_row(FloatType type);
+AttendRow attend_row_portably(FloatType type);
+
+}  // namespace pagedkv
