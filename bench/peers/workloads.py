@@ -43,6 +43,10 @@ SIZES = {"full": Size(), "small": Size(5_000, 8, 4, 600, 4_096)}
 VOCABULARY = 32_000
 
 
+class NotSeen(Exception):
+    """A workload of this size is too small to say anything."""
+
+
 class Driver:
     """What a system has to offer; `cannot` says of the workloads that it has no means for why.
 
@@ -226,7 +230,10 @@ def resident(driver: Driver, size: Size) -> list[float]:
     driver.open(size.num_blocks, "resident")
     fill(size.num_blocks // 128, 100)
     gc.collect()
-    return [(resident_bytes() - before) / size.num_blocks]
+    grown = resident_bytes() - before
+    if grown <= 0:
+        raise NotSeen("the process did not grow: too few blocks")
+    return [grown / size.num_blocks]
 
 
 def resident_bytes() -> int:
@@ -288,7 +295,11 @@ def main(driver: Driver) -> None:
         return
     swallowed: list[str] = []
     sys.unraisablehook = lambda raised: swallowed.append(repr(raised.exc_value))
-    values = WORKLOADS[options.workload].run(driver, SIZES[options.size])
+    try:
+        values = WORKLOADS[options.workload].run(driver, SIZES[options.size])
+    except NotSeen as why:
+        print(json.dumps({"cannot": str(why)}))
+        return
     if swallowed:  # what a destructor raised: the work is not done as it should be
         raise RuntimeError(f"{len(swallowed)} times in a destructor: {swallowed[0]}")
     print(json.dumps({"values": values}))
