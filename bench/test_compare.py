@@ -27,11 +27,14 @@ RESULTS = compare.BENCH / "results"
 @pytest.mark.parametrize("driver", [PagedKV(), Floor()], ids=["pagedkv", "floor"])
 def test_work_at_a_small_size(workload: str, driver: Driver) -> None:
     assert not driver.cannot
-    values = WORKLOADS[workload].run(driver, SIZES["small"])
+    try:
+        values = WORKLOADS[workload].run(driver, SIZES["small"])
+    except workloads.NotSeen:
+        assert workload == "resident"  # what a process grows by is its allocator's to say
+        return
     assert values
-    # What a process grows by at a small size is the allocator's to say, and may be below 0.
     assert all(math.isfinite(value) for value in values)
-    assert workload == "resident" or min(values) >= 0
+    assert min(values) >= 0
     if isinstance(driver, PagedKV):
         driver.m.verify()
 

@@ -103,7 +103,8 @@ Argument<T>::Argument(const char* name, py::handle object) : given_(true) {
     if (!py::hasattr(object, "__array__")) refuse(name, "a " + type_name(object));
     try {
       array_ = object.attr("__array__")();
-    } catch (py::error_already_set&) {
+    } catch (py::error_already_set& error) {
+      if (!error.matches(PyExc_Exception)) throw;  // an interrupt, say
       refuse(name, "a " + type_name(object) + " that is not in host memory");
     }
     object = array_;
@@ -175,7 +176,12 @@ template <class T>
 void Argument<T>::read_sequence(const char* name, py::handle object) {
   // Items are read by index each time: __index__ may be the user's, and change the list.
   const py::object items = py::reinterpret_borrow<py::object>(object);
-  for (Py_ssize_t i = 0; i < PySequence_Size(items.ptr()); ++i) {
+  const auto size = [&] {
+    const Py_ssize_t found = PySequence_Size(items.ptr());
+    if (found < 0) throw py::error_already_set();
+    return found;
+  };
+  for (Py_ssize_t i = 0; i < size(); ++i) {
     const auto item = py::reinterpret_steal<py::object>(PySequence_GetItem(items.ptr(), i));
     if (!item) throw py::error_already_set();
     const std::string where = std::string(name) + "[" + std::to_string(i) + "]";

@@ -129,9 +129,11 @@ class LayerWriter {
   // False where it is of another type, or one that its library does not let be looked at.
   bool look_at(py::handle object, dlpack::Tensor& out) const {
     if (Py_TYPE(object.ptr()) != exchange_.type) return false;
-    if (exchange_.api->look_at(object.ptr(), &out) == 0) return true;
-    PyErr_Clear();
-    return false;
+    if (exchange_.api->look_at(object.ptr(), &out) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    return out.data != nullptr;  // one that is empty, or has lost its memory, is for Python
   }
 
   Pool& pool_;

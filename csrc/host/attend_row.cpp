@@ -121,10 +121,12 @@ KV_INLINE void add(const float* weights, const Tile& values, std::int64_t count,
   }
 }
 
-// e ** x of each lane, for x <= 0: 2 ** n times a polynomial, by Cephes' coefficients.
+// e ** x of each lane, for x <= 0, and 0 where that is no normal number: 2 ** n times a polynomial,
+// by Cephes' coefficients.
 KV_INLINE void exponentiate(Floats& x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2 ** 23: adding it rounds to an integer
-  x = x < -87.0f ? Floats{} - 87.0f : x;
+  const auto vanishes = x < -87.0f;
+  x = vanishes ? Floats{} : x;
   const Floats shifted = x * 1.44269504f + kRound;
   const Floats n = shifted - kRound;
   const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -139,7 +141,7 @@ KV_INLINE void exponentiate(Floats& x) {
   bits = (bits + 127) << 23;
   Floats power;
   std::memcpy(&power, &bits, sizeof power);
-  x = p * power;
+  x = vanishes ? Floats{} : p * power;
 }
 
 // Scores become weights relative to the largest so far; what was summed before is scaled to it.
@@ -160,7 +162,12 @@ KV_INLINE void normalize(float* scores, std::int64_t count, const DecodeRows& ro
   }
   float largest = norm.largest;
   for (int i = 0; i < kLanes; ++i) largest = std::max(largest, highest[i]);
-  if (largest == -std::numeric_limits<float>::infinity()) {  // so far nothing is seen at all
+  if (largest == -std::numeric_limits<float>::infinity()) {  // nothing is seen, or NaN alone
+    for (std::int64_t t = 0; t < padded; t += kLanes) {
+      load(scores + t, x);
+      total += x != x ? x : Floats{};
+    }
+    for (int i = 0; i < kLanes; ++i) norm.sum += total[i];
     std::fill(scores, scores + count, 0.0f);
     return;
   }
@@ -191,12 +198,13 @@ KV_INLINE void by_two(std::int64_t first, std::int64_t count, F&& work) {
 // Calls use(tile, place of its first token behind `begin`, number of tokens, KV head) for each head
 // of each block of a row's tokens [begin, end), in the order of memory.
 template <FloatType kType, class F>
-KV_INLINE void each_tile(const Region& region, const std::int32_t* cells, std::int64_t block_size,
-                         std::int64_t num_heads, std::int64_t begin, std::int64_t end,
-                         std::int64_t dim, RowSpace& space, F&& use) {
+KV_INLINE void each_tile(const HostPool& pool, const Region& region, const std::int32_t* cells,
+                         std::int64_t block_size, std::int64_t num_heads, std::int64_t begin,
+                         std::int64_t end, std::int64_t dim, RowSpace& space, F&& use) {
   for (std::int64_t at = begin; at < end;) {
     const std::int64_t offset = at % block_size, count = std::min(block_size - offset, end - at);
-    const std::byte* head = region.base + cells[at / block_size] * region.block_stride;
+    const std::byte* head =
+        region.base + pool.bounded(cells[at / block_size]) * region.block_stride;
     head += offset * region.token_bytes;
     for (std::int64_t h = 0; h < num_heads; ++h, head += region.token_bytes / num_heads) {
       use(tile_of<kType>(head, region.token_bytes, count, dim, space.tile.data()), at - begin,
@@ -230,14 +238,14 @@ KV_INLINE void attend_row(const RowShape& shape, const Row& row, const DecodeRow
         add<num>(scores + i * kScores + place, values, count, v_dim, outputs + i * v_dim);
       });
     };
-    each_tile<kType>(shape.keys, row.cells, shape.block_size, heads, begin, end, k_dim, space,
-                     score_keys);
+    each_tile<kType>(shape.pool, shape.keys, row.cells, shape.block_size, heads, begin, end, k_dim,
+                     space, score_keys);
     for (std::int64_t i = 0; i < heads * group; ++i) {
       normalize(scores + i * kScores, end - begin, rows, space.norms[static_cast<std::size_t>(i)],
                 outputs + i * v_dim, v_dim);
     }
-    each_tile<kType>(shape.values, row.cells, shape.block_size, heads, begin, end, v_dim, space,
-                     add_values);
+    each_tile<kType>(shape.pool, shape.values, row.cells, shape.block_size, heads, begin, end,
+                     v_dim, space, add_values);
   }
   for (std::int64_t i = 0; i < heads * group; ++i) {
     const float sum = space.norms[static_cast<std::size_t>(i)].sum;

@@ -18,6 +18,7 @@ inline constexpr std::int64_t kPart = 256;
 inline constexpr std::int64_t kScores = kPart + kLanes;  // from one query's scores to the next's
 
 struct RowShape {
+  const HostPool& pool;
   Region keys, values;
   std::int64_t block_size, k_dim, v_dim;
 };

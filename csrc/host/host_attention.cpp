@@ -18,7 +18,7 @@ RowShape shape_of(const HostPool& pool, const TableView& table,
   const std::size_t keys = 2 * rows.layer;
   pool.check_gather(keys, table, 0, seq_lens, rows.num_kv_heads, table.width * pool.block_size());
   const std::int64_t head_bytes = rows.num_kv_heads * (rows.type == FloatType::kFloat32 ? 4 : 2);
-  RowShape shape{pool.region(keys), pool.region(keys + 1), pool.block_size(), 0, 0};
+  RowShape shape{pool, pool.region(keys), pool.region(keys + 1), pool.block_size(), 0, 0};
   shape.k_dim = shape.keys.token_bytes / head_bytes;
   shape.v_dim = shape.values.token_bytes / head_bytes;
   if (shape.k_dim % kLanes != 0 || shape.v_dim % kLanes != 0 || rows.group < 1 ||
@@ -55,15 +55,17 @@ Pieces pieces_of(const RowShape& shape, const TableView& table,
   Pieces pieces;
   pieces.num_threads = static_cast<int>(
       std::clamp<std::int64_t>(total * token_bytes / kPieceBytes, 1, std::max(num_threads, 1)));
-  std::int64_t most = total;  // tokens of a piece: so few that threads end at about one time
+  // Tokens of a piece: so few that threads end at about one time.
+  std::int64_t most = std::numeric_limits<std::int64_t>::max();
   if (pieces.num_threads > 1) {
     most = std::max(total / (4 * pieces.num_threads), kPieceBytes / token_bytes / 2);
-    most = (most + kPart - 1) / kPart * kPart;
+    most = (most / kPart + 1) * kPart;
   }
 
   std::size_t num_partial = 0;
   for (std::int64_t b = 0; b < table.num_rows; ++b) {
-    const std::int64_t length = seq_lens[static_cast<std::size_t>(b)];
+    const std::int64_t length = std::min<std::int64_t>(seq_lens[static_cast<std::size_t>(b)],
+                                                       table.width * shape.block_size);
     Row row{
         .cells = table.cells + b * table.stride,
         .first = first_seen(rows, length),

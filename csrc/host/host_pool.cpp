@@ -75,9 +75,11 @@ void HostPool::copy_blocks(std::span<const std::int32_t> copies) {
   check_copies(copies);
   for (const Region& r : regions_) {
     for (std::size_t i = 0; i < copies.size(); i += 3) {
-      if (copies[i] == copies[i + 1]) continue;
-      std::memcpy(r.base + copies[i + 1] * r.block_stride, r.base + copies[i] * r.block_stride,
-                  static_cast<std::size_t>(copies[i + 2] * r.token_bytes));
+      const std::int64_t source = bounded(copies[i]), target = bounded(copies[i + 1]);
+      if (source == target) continue;
+      std::memcpy(
+          r.base + target * r.block_stride, r.base + source * r.block_stride,
+          static_cast<std::size_t>(std::clamp(copies[i + 2], 0, block_size_) * r.token_bytes));
     }
   }
 }
@@ -128,8 +130,11 @@ template <std::size_t kBytes, std::size_t kNumParts>
 void HostPool::scatter_tokens(std::array<Part, kNumParts> parts,
                               std::span<const std::int64_t> slots) const {
   const std::int64_t block_size = block_size_;
+  const std::uint64_t num_slots =
+      static_cast<std::uint64_t>(num_blocks_) * static_cast<std::uint64_t>(block_size_);
   const int shift = shift_;
-  for (const std::int64_t slot : slots) {
+  for (const std::int64_t given : slots) {
+    const std::int64_t slot = static_cast<std::uint64_t>(given) < num_slots ? given : 0;
     const std::int64_t block = shift >= 0 ? slot >> shift : slot / block_size;
     const std::int64_t offset = slot - block * block_size;
     for (Part& part : parts) {
@@ -176,10 +181,12 @@ void HostPool::gather(std::size_t i, const TableView& table, std::int32_t first_
   const std::int64_t head_stride = width * head_bytes;
   for (std::int32_t b = 0; b < table.num_rows; ++b) {
     const std::int32_t* cells = table.cells + b * table.stride + first_block;
-    const std::int64_t tokens = num_tokens[static_cast<std::size_t>(b)];
+    const std::int64_t most = std::int64_t{table.width - first_block} * block_size_;
+    const std::int64_t tokens = std::clamp<std::int64_t>(num_tokens[static_cast<std::size_t>(b)], 0,
+                                                         std::min<std::int64_t>(width, most));
     std::byte* const row = target + b * num_heads * head_stride;
     for (std::int64_t at = 0; at < tokens; at += block_size_, ++cells) {
-      const std::byte* block = r.base + *cells * r.block_stride;
+      const std::byte* block = r.base + bounded(*cells) * r.block_stride;
       const std::int64_t count = std::min<std::int64_t>(tokens - at, block_size_);
       split_heads(block, count, num_heads, head_bytes, row + at * head_bytes, head_stride);
     }

@@ -1,4 +1,8 @@
 // Keys and values in host memory, read and written by the calling thread.
+//
+// Slots, tables and lengths are checked before anything is done. Another thread may still change
+// them meanwhile: then what is done is wrong, but inside the pool, since each is bounded again as
+// it is read.
 #pragma once
 
 #include <array>
@@ -28,6 +32,11 @@ class HostPool final : public Pool {
               std::span<const std::int32_t> num_tokens, std::int32_t num_heads, std::int32_t width,
               std::byte* target) override;
   void synchronize() override {}
+
+  // A block that is there: `block`, unless another thread has changed it since it was checked.
+  std::int64_t bounded(std::int32_t block) const {
+    return static_cast<std::uint32_t>(block) < static_cast<std::uint32_t>(num_blocks_) ? block : 0;
+  }
 
   // What the calls above check first; std::invalid_argument says what is wrong.
   const Region& region(std::size_t i) const;

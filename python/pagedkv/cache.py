@@ -26,13 +26,14 @@ from pagedkv.preemption import CostModel, swap_or_recompute
 from pagedkv.spec import KVSpec
 from pagedkv.step import Step
 from pagedkv.steps import Steps
+from pagedkv.tables import check_tables
 from pagedkv.transfers import GONE, Transfers
 from pagedkv.tryout import try_copies
 from pagedkv.writes import check_source
 
 __all__ = ["KVCache"]
 
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class KVCache(Steps):
@@ -199,7 +200,10 @@ class KVCache(Steps):
 
         Returns views [B, H, width, dim], zeros past each row's number. On a GPU nobody can check
         what the arrays say: a block outside the pool is an illegal access.
+
+        Raises InvalidSpec for arrays of another shape, type or device.
         """
+        check_tables(block_tables, num_tokens, "num_tokens", self.device)
         self._follow()
         num_rows, found = len(num_tokens), []
         for i, pool in enumerate(self._rows(layer)):

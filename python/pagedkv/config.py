@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ __all__ = ["ModelConfig", "check_int"]
 _ALIASES = {
     "num_hidden_layers": ("n_layer", "num_layers", "n_layers"),
     "hidden_size": ("n_embd", "d_model"),
-    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads", "attention_heads"),
     "num_key_value_heads": ("num_kv_heads", "n_head_kv", "kv_n_heads", "multi_query_group_num"),
     "intermediate_size": ("ffn_dim", "n_inner", "ffn_hidden_size"),
     "max_position_embeddings": (
@@ -145,6 +145,18 @@ class ModelConfig:
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise InvalidSpec(f"{name} is {value!r} in the config, expected a list of layers")
         return tuple(check_int(name, item, 0) for item in value)
+
+    def of_layer(self, i: int, kind: str) -> ModelConfig:
+        """With what the config says of layer `i` alone, or of all that see everything."""
+        own: dict[str, Any] = {}
+        if kind == "full" and self.get("global_head_dim") is not None:  # Gemma 4
+            own["head_dim"] = self.get("global_head_dim")
+            if self.get("num_global_key_value_heads") is not None:
+                own["num_key_value_heads"] = self.get("num_global_key_value_heads")
+        for layer, overrides in (self.get("per_layer_config") or {}).items():
+            if str(layer).isdecimal() and int(layer) == i:
+                own |= overrides
+        return replace(self, fields={**self.fields, **own}) if own else self
 
     @property
     def num_layers(self) -> int:

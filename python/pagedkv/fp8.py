@@ -52,7 +52,7 @@ def check_scales(
             raise InvalidSpec(
                 f"scales[{i}] is {pair!r}, expected two floats: of K and of V"
             ) from error
-        k, v = torch.tensor([k, v], dtype=torch.float32).tolist()
+        k, v = torch.tensor([k, v], dtype=torch.float32, device="cpu").tolist()
         if not all(torch.finfo(torch.float32).tiny <= scale < math.inf for scale in (k, v)):
             raise InvalidSpec(
                 f"scales[{i}] is {pair!r}, expected positive finite numbers of float32"

@@ -18,6 +18,7 @@ import torch
 
 from pagedkv import ops
 from pagedkv.attention.gather import dense
+from pagedkv.config import check_int
 from pagedkv.errors import InvalidSpec, InvalidState
 
 if TYPE_CHECKING:
@@ -99,12 +100,8 @@ class DecodeGraph:
         self, kv: KVCache, model: Callable[[Padded], torch.Tensor], *, num_rows: int, width: int,
         pool: Any = None,
     ) -> None:  # fmt: skip
-        for name, value, most in (
-            ("num_rows", num_rows, kv.manager.max_batch),
-            ("width", width, kv.manager.max_model_len),
-        ):
-            if not 1 <= value <= most:
-                raise InvalidSpec(f"{name} is {value}, expected 1 to {most}")
+        check_int("num_rows", num_rows, 1, kv.manager.max_batch)
+        check_int("width", width, 1, kv.manager.max_model_len)
         if any(scales != (1.0, 1.0) for scales in kv.scales):
             raise InvalidSpec("the cache has scales, which a graph does not apply: expected none")
         self._kv, self._model = kv, model

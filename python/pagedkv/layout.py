@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from pagedkv.errors import InvalidSpec
 from pagedkv.spec import KVSpec, LayerSpec
@@ -69,7 +70,7 @@ class DevicePool:
             layers = _views(
                 spec,
                 lambda offset, size: memory[offset * num_blocks :][: size * num_blocks].view(
-                    -1, size
+                    num_blocks, size
                 ),
             )
             block_runs = [_run(t) for layer in layers for t in layer]
@@ -97,14 +98,19 @@ def region(view: torch.Tensor) -> tuple[int, int, int]:
 
 
 def _views(spec: KVSpec, part: _Part) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-    """Keys and values of each layer, from the part of every block that `part(offset, size)` is."""
+    """Keys and values of each layer, from the part of every block that `part(offset, size)` is.
+
+    Each has a storage of its own, which begins where it begins. torch.compile (2.13) copies what an
+    operator writes to, all of it, if it is a part of a larger storage.
+    """
     layers, offset = [], 0
 
     def view(layer: LayerSpec, token_bytes: int, dim: int) -> torch.Tensor:
         nonlocal offset
         size = spec.block_size * token_bytes
-        typed = part(offset, size).view(getattr(torch, layer.dtype))
+        alone: torch.Tensor = from_dlpack(part(offset, size))
         offset += size
+        typed = alone.view(getattr(torch, layer.dtype))
         return typed.view(-1, spec.block_size, layer.num_kv_heads, dim)
 
     for layer in spec.layers:

@@ -6,6 +6,10 @@ engine's own, and arrays that are where those are: `step.slots`, `step.block_tab
 break. In a step of KVCache, `kv.write` does the same with fewer arguments, and checks that the step
 is open.
 
+torch.compile writes to pools where they are if each has a storage of its own, as those of a KVCache
+have. Of a view that begins behind its storage's beginning, such as values in one tensor with keys,
+torch (2.13) makes a copy: pass torch.from_dlpack(view), made outside of what is compiled.
+
 With torch.compile(dynamic=True), torch._dynamo.mark_static() the pools: else their shapes are taken
 for variable too, which torch (2.13) confuses for two views of one memory. Without `dynamic` torch
 sees by itself what varies.
@@ -20,14 +24,17 @@ illegal access there, where the CPU raises.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
-from typing import NoReturn
+from threading import Lock
 
 import torch
 
 from pagedkv._core import CudaDevice, CudaPool, HostPool, LayerWriter, Pool
 from pagedkv.errors import InvalidSpec
+from pagedkv.tables import check_tables, refuse
+from pagedkv.writes import address
 
 __all__ = ["copy_blocks", "gather", "write"]
 
@@ -58,8 +65,9 @@ class _Layer:
                 f"k_pool is on {k.device} and v_pool on {v.device}: expected one device"
             )
         for part in (k, v):
-            shape, stride = part.shape, part.stride()
-            if len(shape) != 4 or stride[1:] != (shape[2] * shape[3], shape[3], 1):
+            address(part, "the pool")
+            if part.dim() != 4 or not part[:1].is_contiguous():
+                shape, stride = part.shape, part.stride()
                 raise InvalidSpec(
                     f"the pool is {list(shape)} with strides {list(stride)}, expected [N, P, H, D] "
                     "with the tokens of a block one behind the other"
@@ -85,11 +93,9 @@ class _Layer:
         else:
             self.pool = CudaPool(self.device, regions, num_blocks, block_size, 0, 0, 0, 0)
         self.writer = LayerWriter(self.pool, 0, k, v)
-
-    def follow(self) -> None:
-        """Take the stream that the caller is on now."""
+        self.turn: AbstractContextManager[None] = nullcontext()
         if self.device is not None:
-            self.device.use_stream(torch._C._cuda_getCurrentRawStream(self.device.index))
+            self.turn = _turn(self.device)
 
     def is_of(self, k: torch.Tensor, v: torch.Tensor) -> bool:
         """Whether these, which are where its pools were, are seen as those were."""
@@ -103,12 +109,38 @@ class _Layer:
         )
 
 
+class _Turn:
+    """What an operator does on a GPU goes to the stream that its caller is on, one at a time.
+
+    The device has one for all threads: without, another thread's might be taken in between.
+    """
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device, self._lock = device, Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            self._device.use_stream(torch._C._cuda_getCurrentRawStream(self._device.index))
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 _layers: dict[tuple[int, int], list[_Layer]] = {}  # by the addresses of their pools
 
 
 @cache
 def _device(index: int) -> CudaDevice:
     return CudaDevice(import_module("pagedkv._cuda").runtime(), index)
+
+
+@cache
+def _turn(device: CudaDevice) -> _Turn:
+    return _Turn(device)
 
 
 def _layer_at(k: torch.Tensor, v: torch.Tensor) -> _Layer | None:
@@ -123,15 +155,7 @@ def _layer_of(k: torch.Tensor, v: torch.Tensor) -> _Layer:
     if layer is None:
         layer = _Layer(k, v)
         there.append(layer)
-    layer.follow()
     return layer
-
-
-def _refuse(what: str, tensor: torch.Tensor, expected: str) -> NoReturn:
-    raise InvalidSpec(
-        f"{what} is {tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}, "
-        f"expected {expected}"
-    )
 
 
 def _write(
@@ -144,23 +168,32 @@ def _write(
     """Token t of k and v [T, H, D] goes to slots[t] (int64 [T]) of a layer's pools [N, P, H, D]."""
     layer = _layer_at(k_pool, v_pool)
     if layer is not None:
-        layer.follow()
-        if layer.writer.write_into(k_pool, v_pool, k, v, slots):
-            return
+        with layer.turn:
+            if layer.writer.write_into(k_pool, v_pool, k, v, slots):
+                return
     layer = _layer_of(k_pool, v_pool)
     if slots.dtype is not torch.int64 or slots.dim() != 1 or not slots.is_contiguous():
-        _refuse("slots", slots, "contiguous int64 [T]")
+        refuse("slots", slots, "contiguous int64 [T]")
+    _require_on("slots", slots, k_pool)
     num_tokens = len(slots)
     k, v = _rows("k", k, k_pool, num_tokens), _rows("v", v, v_pool, num_tokens)
     at = k.data_ptr(), layer.k_bytes, v.data_ptr(), layer.v_bytes
-    layer.pool.write(0, slots.data_ptr(), num_tokens, *at)
+    with layer.turn:
+        layer.pool.write(0, slots.data_ptr(), num_tokens, *at)
 
 
 def _rows(name: str, source: torch.Tensor, pool: torch.Tensor, num_tokens: int) -> torch.Tensor:
     expected = (num_tokens, *pool.shape[2:])
     if source.shape != expected or source.dtype != pool.dtype:
-        _refuse(name, source, f"{pool.dtype} {list(expected)}")
+        refuse(name, source, f"{pool.dtype} {list(expected)}")
+    _require_on(name, source, pool)
     return source.contiguous()
+
+
+def _require_on(name: str, tensor: torch.Tensor, pool: torch.Tensor) -> None:
+    if tensor.device != pool.device:
+        raise InvalidSpec(f"{name} is on {tensor.device}, expected {pool.device}, as the pool is")
+    address(tensor, name)
 
 
 def _gather(
@@ -174,39 +207,38 @@ def _gather(
 
     block_tables is int32 [B, W], seq_lens int32 [B], none of them above `width`.
     """
-    pool = _layer_of(k_pool, v_pool).pool
-    if seq_lens.dtype != torch.int32 or seq_lens.stride() != (1,):
-        _refuse("seq_lens", seq_lens, "contiguous int32 [B]")
-    rows = block_tables.dim() == 2 and len(block_tables) == len(seq_lens)
-    if not rows or block_tables.dtype != torch.int32 or block_tables.stride(1) != 1:
-        _refuse("block_tables", block_tables, f"int32 [{len(seq_lens)}, W] of contiguous rows")
+    layer = _layer_of(k_pool, v_pool)
+    check_tables(block_tables, seq_lens, "seq_lens", k_pool.device)
     found = []
     for region, part in enumerate((k_pool, v_pool)):
         out = part.new_empty(len(seq_lens), part.shape[2], width, part.shape[3])
         if out.numel():
-            pool.gather(
-                region,
-                block_tables.data_ptr(),
-                block_tables.stride(0),
-                len(block_tables),
-                block_tables.shape[1],
-                0,
-                seq_lens.data_ptr(),
-                part.shape[2],
-                width,
-                out.data_ptr(),
-            )
+            with layer.turn:
+                layer.pool.gather(
+                    region,
+                    block_tables.data_ptr(),
+                    block_tables.stride(0),
+                    len(block_tables),
+                    block_tables.shape[1],
+                    0,
+                    seq_lens.data_ptr(),
+                    part.shape[2],
+                    width,
+                    out.data_ptr(),
+                )
         found.append(out)
     return found[0], found[1]
 
 
 def _copy_blocks(k_pool: torch.Tensor, v_pool: torch.Tensor, copies: torch.Tensor) -> None:
     """Rows of copies (int32 [n, 3]): source block, target block, tokens to copy."""
-    pool = _layer_of(k_pool, v_pool).pool
+    layer = _layer_of(k_pool, v_pool)
     if copies.dtype != torch.int32 or copies.shape[1:] != (3,) or not copies.is_contiguous():
-        _refuse("copies", copies, "contiguous int32 [n, 3]")
+        refuse("copies", copies, "contiguous int32 [n, 3]")
+    _require_on("copies", copies, k_pool)
     if len(copies):
-        pool.copy_blocks(copies.data_ptr(), len(copies))
+        with layer.turn:
+            layer.pool.copy_blocks(copies.data_ptr(), len(copies))
 
 
 def _nothing(*arguments: torch.Tensor) -> None:

@@ -148,15 +148,16 @@ class KVSpec:
         InvalidSpec naming a field that is missing, or a layer of a kind that is not known.
         """
         model = ModelConfig.read(config)
-        own = model.dtype or "float32"
-        state_dtype = own if state_dtype is None else state_dtype
-        dtype = own if dtype is None else str(dtype).removeprefix("torch.")
+        kept = model.dtype or "float32"
+        state_dtype = kept if state_dtype is None else state_dtype
+        dtype = kept if dtype is None else str(dtype).removeprefix("torch.")
         kinds = layer_kinds(model)
         keeping = len(kinds) - shared_layers(model)
         layers = []
         for i, kind in enumerate(kinds):
             try:
-                layers.append(_layer(model, kind if i < keeping else "none", dtype, state_dtype))
+                own = model.of_layer(i, kind)
+                layers.append(_layer(own, kind if i < keeping else "none", dtype, state_dtype))
             except InvalidSpec as error:
                 if kind in ("full", "sliding"):
                     raise

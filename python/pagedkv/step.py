@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pagedkv.errors import InvalidSpec, InvalidState
+from pagedkv.writes import address
 
 if TYPE_CHECKING:
     from pagedkv._core import BlockManager, StepPlan
@@ -73,7 +74,9 @@ class Step:
                     f"step {self.plan.step} is over, and its buffers are another's: read a step "
                     "before the next one"
                 )
-            view = self._views[name] = self._kv.machine.step_tensor(self.plan, name)
+            view = self._kv.machine.step_tensor(self.plan, name)
+            address(view, f"{name}, under a mode of fake tensors,")  # before it is kept for all
+            self._views[name] = view
         return view
 
     def forget_views(self) -> None:

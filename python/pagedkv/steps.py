@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
+
 from pagedkv._core import BlockManager, StepPlan, TransferPlan
 from pagedkv.errors import InvalidSpec, InvalidState
 from pagedkv.plan_order import PlanOrder
@@ -93,12 +95,25 @@ class Steps(Sequences):
             self._order.last_transfer = plan.id
             return transfer
         self._order.check_step(plan)
+        self._check_blocks(plan)
         try:
             return self._begin(plan, None)
         except InvalidSpec:
             raise
         except ValueError as error:  # of a pool, which looks before it touches memory
             raise InvalidSpec(f"step {plan.step} is not one for this cache: {error}") from error
+
+    def _check_blocks(self, plan: StepPlan) -> None:
+        """A plan of other blocks than those here names slots that its tables do not."""
+        size, tables = self.spec.block_size, plan.block_tables
+        rows = np.repeat(np.arange(len(tables)), np.diff(plan.query_starts))
+        columns = plan.positions // size
+        inside = not len(columns) or int(columns.max()) < tables.shape[1]
+        if not inside or (tables[rows, columns] * size + plan.positions % size != plan.slots).any():
+            raise InvalidSpec(
+                f"step {plan.step} has slots that are not in its blocks of {size} tokens: expected "
+                f"a plan of a manager with block_size={size}"
+            )
 
     def _begin(self, plan: StepPlan, manager: BlockManager | None) -> Step:
         """Queue what precedes the step's work; whoever has the manager closes it there, too."""
@@ -128,5 +143,5 @@ class Steps(Sequences):
             self._transfers.paused = False
 
     def _require(self, step: Step) -> None:
-        if step is not self._step:
+        if step is not self._step or step is None:
             raise InvalidState("this step is not open here: it was closed, or is another cache's")

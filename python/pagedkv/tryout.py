@@ -35,15 +35,16 @@ def try_copies(
 
     Raises InvalidSpec naming the tensor if a byte is not where it should be.
     """
-    trial = _Trial(memory)
-    try:
-        machine.follow()
-        if len(trial.blocks) == 3 and trial.block_size > 1:
-            trial.copy(pool)
-        if engine is not None and num_host_blocks:
-            trial.swap(engine, num_host_blocks)
-    finally:
-        trial.put_back()
+    with torch.inference_mode():  # where engines make such tensors, and alone may write to them
+        trial = _Trial(memory)
+        try:
+            machine.follow()
+            if len(trial.blocks) == 3 and trial.block_size > 1:
+                trial.copy(pool)
+            if engine is not None and num_host_blocks:
+                trial.swap(engine, num_host_blocks)
+        finally:
+            trial.put_back()
 
 
 class _Trial:

@@ -224,12 +224,17 @@ TEST_CASE("a piece whose keys have no weight at all adds nothing, and NaN shows 
       CHECK(outputs[i] == doctest::Approx(expected[i]).epsilon(1e-4).scale(1));
     }
   }
+  for (int t = 600; t < 1200; ++t) memory.put(1, 0, t, 3, t < 900 ? 3e38f : 0);
+  for (int t = 600; t < 900; ++t) memory.put(0, 0, t, 0, -1e6f);  // weighs nothing at all
+  CHECK(memory.found(&attend)[3] == 0);
   memory.put(1, 0, 1100, 5, NAN);
   for (const int num_threads : {1, 4}) {
     const std::vector<float> outputs = memory.found(&attend, num_threads);
     CHECK(std::isnan(outputs[5]));
     CHECK(!std::isnan(outputs[6]));
   }
+  for (int t = 0; t < 256; ++t) memory.put(0, 0, t, 130, NAN);  // all that is read at a time
+  CHECK(std::isnan(memory.found(&attend)[130]));
 }
 
 TEST_CASE("a window hides all that is before it, and a softcap bounds scores") {

@@ -367,3 +367,13 @@ def test_a_closed_worker_refuses(manager: pk.BlockManager) -> None:
     assert not step.is_open
     with pytest.raises(pk.InvalidState, match="closed"):
         worker.apply(committed(manager, [manager.create()]))
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 8, 16])
+def test_a_plan_of_other_blocks_is_refused(worker: pk.KVCache, block_size: int) -> None:
+    other = pk.BlockManager(BLOCKS, block_size=block_size)
+    plan = other.append(np.array([other.create()]), counts=np.array([11]))
+    with pytest.raises(pk.InvalidSpec, match="a manager with block_size=4"):
+        worker.apply(sent(plan))
+    manager = pk.BlockManager(BLOCKS, block_size=4)
+    worker.apply(sent(manager.append(np.array([manager.create()]), counts=np.array([11]))))

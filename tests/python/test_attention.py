@@ -173,10 +173,10 @@ def test_rows_of_one_token_are_read_off_their_blocks(
             w.check("auto", [*beams, ids[2]], [1] * 4, **options)
 
 
-def test_the_kernel_leaves_gradients_and_float64_to_others() -> None:
+def test_the_kernel_leaves_float64_to_others() -> None:
     with world() as w:
         ids, q = w.new([7]), torch.randn(1, 4, 16)
-        for odd, takes in ((q, True), (q.double(), False), (q.clone().requires_grad_(), False)):
+        for odd, takes in ((q, True), (q.double(), False), (q.half(), True)):
             _, (found, out) = w.step(
                 ids, [1],
                 lambda _, s, odd=odd: (
@@ -184,7 +184,7 @@ def test_the_kernel_leaves_gradients_and_float64_to_others() -> None:
                 ),
             )  # fmt: skip
             assert found == takes
-            assert (out.dtype, out.requires_grad) == (odd.dtype, odd.requires_grad)
+            assert out.dtype == odd.dtype
 
 
 IN_A_CHILD = """

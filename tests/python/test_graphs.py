@@ -158,8 +158,8 @@ def test_what_a_graph_was_not_made_for_is_refused() -> None:
     kv = cache("cpu")
     model = Model("cpu")
     for options in ({"num_rows": 9, "width": 8}, {"num_rows": 0, "width": 8},
-                    {"num_rows": 2, "width": 65}):  # fmt: skip
-        with pytest.raises(pk.InvalidSpec, match="expected 1 to"):
+                    {"num_rows": 2, "width": 65}, {"num_rows": 2.5, "width": 8}):  # fmt: skip
+        with pytest.raises(pk.InvalidSpec, match="expected an int of 1 to"):
             DecodeGraph(kv, model.padded, **options)
     graph = DecodeGraph(kv, model.padded, num_rows=2, width=8)
     ids = [kv.create() for _ in range(3)]

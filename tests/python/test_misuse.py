@@ -232,3 +232,22 @@ def test_tables_stay_in_the_pool_whatever_was_called() -> None:
         with pytest.raises(pk.InvalidSpec):
             m.append(wrong)
     assert sorted(table(m, a)) == [1, 2, 3]
+
+
+def test_a_list_that_raises_is_heard() -> None:
+    class Broken(list[int]):
+        def __len__(self) -> int:
+            raise KeyError("mine")
+
+    class Interrupted:
+        def __array__(self, *_: object) -> object:
+            raise KeyboardInterrupt
+
+    manager = pk.BlockManager(16, block_size=4)
+    sequence = manager.create()
+    with pytest.raises(KeyError, match="mine"):
+        manager.append(Broken([sequence]))
+    with pytest.raises(KeyboardInterrupt):
+        manager.append(Interrupted())
+    manager.commit(manager.append([sequence]))
+    assert manager.length(sequence) == 1

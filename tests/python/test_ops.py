@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -120,6 +124,38 @@ def test_compiled_whole_for_all_shapes(layout: str, dynamic: bool | None) -> Non
     assert num_graphs == (1 if dynamic else 2)  # the second is the one for all shapes
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_writes_to_the_layers_of_a_cache_where_they_are(layout: Any) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    spec = pk.KVSpec(2, H, D, "float32", P)
+    with pk.KVCache(spec, num_device_blocks=50, layout=layout) as kv:
+        ids, x = kv.fork(kv.create(), 2), torch.randn(6, H, D)
+        with kv.step(ids, counts=[2, 4]) as step:
+            shared = x, step.slots, step.block_tables, step.seq_lens, 4
+
+            def both(k0: Any, v0: Any, k1: Any, v1: Any) -> Any:
+                return layer(k0, v0, *shared), layer(k1, v1, *shared)
+
+            pools = [t for pair in kv.pools() for t in pair]
+            torch._dynamo.reset()
+            _, (code,) = run_and_get_code(torch.compile(both, fullgraph=True), *pools)
+            assert large_buffers(code, spec.num_blocks(kv.pool_bytes) * P * H * D) == []
+            for i in range(2):
+                k, v = kv.gather(i, step)
+                assert torch.equal(k[1], (x[2:] * 2).transpose(0, 1))
+                assert torch.equal(v[1], (x[2:] + 1).transpose(0, 1))
+
+
+def large_buffers(code: str, num_elements: int) -> list[str]:
+    """Shapes of what compiled code allocates that holds so many elements, or more."""
+    return [
+        shape
+        for shape in re.findall(r"empty_strided\w*\(\(([\d, ]+)\)", code)
+        if torch.Size(int(n) for n in shape.split(",") if n.strip()).numel() >= num_elements
+    ]
+
+
 def test_the_code_that_inductor_makes_passes_the_pools_on() -> None:
     from torch._inductor.utils import run_and_get_code
 
@@ -131,12 +167,7 @@ def test_the_code_that_inductor_makes_passes_the_pools_on() -> None:
     _, (code,) = run_and_get_code(torch.compile(layer, fullgraph=True), *arguments)
     view = r"reinterpret_tensor\(arg0_1, [^)]*\)[^)]*\)[^)]*\)"  # of the memory as it came in
     assert len(re.findall(rf"pagedkv\.write\.default\({view}, {view}, buf", code)) == 1
-    large = [
-        shape
-        for shape in re.findall(r"empty_strided\w*\(\(([\d, ]+)\)", code)
-        if torch.Size(int(n) for n in shape.split(",") if n.strip()).numel() >= N * P * H * D
-    ]
-    assert large == []
+    assert large_buffers(code, N * P * H * D) == []
     assert torch.equal(memory[1, 1, : H * D].view(H, D), x[0] * 2)
 
 
@@ -164,6 +195,8 @@ def test_in_a_step_they_do_what_the_cache_does() -> None:
         ({"v_pool": torch.zeros(N, P + 1, H, D)}, "not one layer"),
         ({"v_pool": torch.zeros(N, P, H, D, dtype=torch.float16)}, "not one layer"),
         ({"k_pool": torch.zeros(N, P, D, H).transpose(2, 3)}, "one behind the other"),
+        ({"slots": torch.tensor([1, 2], device="meta")}, "slots is on meta, expected cpu"),
+        ({"v": torch.zeros(2, H, D, device="meta")}, "v is on meta, expected cpu"),
     ],
 )
 def test_wrong_arguments_name_themselves(change: dict[str, Any], message: str) -> None:
@@ -172,8 +205,56 @@ def test_wrong_arguments_name_themselves(change: dict[str, Any], message: str) -
     k = torch.zeros(2, H, D)
     arguments = {"k_pool": k_pool, "v_pool": v_pool, "k": k, "v": k, "slots": torch.tensor([1, 2])}
     with pytest.raises(pk.InvalidSpec, match=message):
-        ops.write(*(arguments | change).values())
+        ops._write(*(arguments | change).values())  # what both kinds of device call
     assert torch.equal(memory, before)
+
+
+def test_pools_of_one_head_may_have_any_stride_of_it() -> None:
+    """As FlashInfer's "HND" has it, seen as [N, P, H, D]."""
+    memory = torch.zeros(N, 1, P, D)
+    pool = memory.transpose(1, 2)
+    ops.write(pool, pool.clone(), torch.ones(1, 1, D), torch.ones(1, 1, D), torch.tensor([P + 2]))
+    assert memory[1, 0, 2].eq(1).all()
+    assert memory.sum() == D
+
+
+RACE = """
+import threading, numpy as np, torch, pagedkv as pk, pagedkv.ops as ops
+kv = pk.KVCache(pk.KVSpec(1, 8, 64, "float32"), num_device_blocks=200)
+sequences = kv.fork(kv.create(), 4)
+step = kv.step(sequences, counts=np.array([700] * 4))
+step.commit()
+step, k, q = kv.step(sequences), kv.k(0), torch.zeros(4, 16, 64)
+tables, lens, slots = step.block_tables, step.seq_lens, torch.arange(900)
+copies = torch.ones(3, 3, dtype=torch.int32)
+new, stop, refused = torch.zeros(900, 8, 64), threading.Event(), 0
+def toggle():
+    while not stop.is_set():
+        lens[3], slots[-1], tables[3, 9], copies[2, 1] = 3000, 10**9, 10**6, 10**6
+        lens[3], slots[-1], tables[3, 9], copies[2, 1] = 100, 899, 39, 5
+thread = threading.Thread(target=toggle)
+thread.start()
+calls = (
+    lambda: ops.gather(k, k, tables, lens, 701),
+    lambda: ops.write(k, k, new, new, slots),
+    lambda: ops.copy_blocks(k, k, copies),
+    lambda: kv.attention(0, q, step, backend="blockwise"),
+)
+for i in range(2000):
+    try:
+        calls[i % 4]()
+    except ValueError:
+        refused += 1
+stop.set()
+thread.join()
+print(refused)
+"""
+
+
+def test_arrays_that_another_thread_changes_are_read_once() -> None:
+    """What was found to be inside the pool is what is used, also while others are let in."""
+    run = subprocess.run([sys.executable, "-c", RACE], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_layer_keeps_its_pool_however_many_follow() -> None:
@@ -206,3 +287,32 @@ def test_what_is_outside_the_pool_is_refused_on_the_cpu() -> None:
     with pytest.raises(pk.InvalidSpec, match="seq_lens"):
         ops.gather(k_pool, v_pool, one[:, None], one.long(), 1)
     assert torch.equal(memory, before)
+
+
+def test_threads_take_turns_at_a_gpu_each_on_its_own_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Device:
+        index, stream = 0, -1
+
+        def use_stream(self, stream: int) -> None:
+            self.stream = stream
+
+    device, wrong = Device(), []
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", lambda _: threading.get_ident(), raising=False
+    )
+    turn = ops._Turn(device)  # type: ignore[arg-type]
+
+    def work() -> None:
+        for _ in range(200):
+            with turn:
+                time.sleep(0)  # others may come in here
+                wrong.extend([device.stream] * (device.stream != threading.get_ident()))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

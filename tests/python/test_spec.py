@@ -210,3 +210,25 @@ def test_kinds_of_layers(config: dict[str, Any], kinds: str) -> None:
         ]
         found += "-" if layer.kind == "state" and not layer.state_bytes else mark
     assert found == kinds
+
+
+GEMMA_4 = {
+    "model_type": "gemma4_text", "num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("of_layers", "heads"),
+    [
+        ({"per_layer_config": {"01": {"head_dim": 32}}}, 2),
+        ({"per_layer_config": {1: {"head_dim": 32, "num_key_value_heads": 1}}}, 1),
+        ({"global_head_dim": 32}, 2),
+        ({"global_head_dim": 32, "num_global_key_value_heads": 1}, 1),
+    ],
+)
+def test_what_a_config_says_of_single_layers(of_layers: dict[str, Any], heads: int) -> None:
+    sliding, full = KVSpec.from_config({**GEMMA_4, **of_layers}).layers
+    assert (sliding.num_kv_heads, sliding.k_dim, sliding.v_dim) == (2, 16, 16)
+    assert (full.num_kv_heads, full.k_dim, full.v_dim) == (heads, 32, 32)

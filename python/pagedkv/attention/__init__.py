@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from pagedkv.attention import blockwise, flash_attn, flashinfer, flex, gather, varlen
 from pagedkv.attention.call import Backend, Call
 from pagedkv.errors import InvalidSpec
+from pagedkv.writes import address
 
 if TYPE_CHECKING:
     from pagedkv.cache import KVCache
@@ -60,9 +62,11 @@ def attend(
     Returns [T, Hq, v_dim] in q's dtype.
 
     Raises:
-        InvalidSpec: q has another shape than [T, Hq, k_dim], an option is out of range, or the
-            backend is not installed or cannot do this: the message says which can.
+        InvalidSpec: q is not floats [T, Hq, k_dim], or asks for a gradient, an option is out of
+            range, or the backend is not installed or cannot do this: the message says which can.
     """
+    if not isinstance(q, torch.Tensor) or not q.is_floating_point():
+        raise InvalidSpec(f"q is {getattr(q, 'dtype', type(q))}, expected a tensor of floats")
     shape, spec = q.shape, kv.spec.layers[layer]
     if len(shape) != 3 or shape[0] != step.num_tokens or shape[2] != spec.k_dim:
         raise InvalidSpec(
@@ -77,8 +81,16 @@ def attend(
         raise InvalidSpec(f"q is on {q.device}, expected {kv.device}")
     if softcap is not None and not softcap > 0:
         raise InvalidSpec(f"softcap is {softcap}, expected a number over 0, or None")
-    if window is not None and window < 1:
+    if window is not None and (not isinstance(window, (int, np.integer)) or window < 1):
         raise InvalidSpec(f"window is {window}, expected 1 token or more, or None")
+    if q.requires_grad and torch.is_grad_enabled():
+        raise InvalidSpec(
+            "q requires a gradient, and a cache keeps K and V without: call attention under "
+            "torch.no_grad()"
+        )
+    address(q, "q")
+    if attn_mask is not None:
+        _check_mask(attn_mask, num_heads, step)
     window = spec.window if window is None else window
     k_scale, v_scale = kv.scales[layer]
     if k_scale != 1:
@@ -87,6 +99,22 @@ def attend(
     call = Call(layer, q, scale, softcap, window, attn_mask)
     out = _choose(kv, call, step, backend).attend(kv, call, step)
     return out if v_scale == 1 else out.mul_(v_scale)
+
+
+def _check_mask(mask: torch.Tensor, num_heads: int, step: Step) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise InvalidSpec(f"attn_mask is {mask.dtype}, expected bool, or floats to be added")
+    counts, lens = np.diff(step.plan.query_starts), step.plan.seq_lens
+    if len(counts) and (counts != counts[0]).any():
+        raise InvalidSpec(
+            f"attn_mask is for rows of one length, and the step's have {counts.tolist()} new tokens"
+        )
+    whole = [len(lens), num_heads, *(int(n.max(initial=0)) for n in (counts, lens))]
+    shape = [1] * (4 - mask.dim()) + list(mask.shape)
+    if len(shape) != 4 or any(n not in (1, m) for n, m in zip(shape, whole, strict=True)):
+        raise InvalidSpec(
+            f"attn_mask is {list(mask.shape)}, expected {whole} or what broadcasts to it"
+        )
 
 
 def _choose(kv: KVCache, call: Call, step: Step, name: str) -> Backend:

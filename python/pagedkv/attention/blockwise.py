@@ -128,7 +128,8 @@ def _row(
         mask = None
         is_causal = num > 1 and start == at
         if start < end - window or (is_causal and not _is_fused(kv, call)):
-            keys, positions = torch.arange(start, stop), torch.arange(at, end)[:, None]
+            keys = torch.arange(start, stop, device=q.device)
+            positions = torch.arange(at, end, device=q.device)[:, None]
             mask = (keys <= positions) & (keys > positions - window)
         new = _attend(kv, call, q, k, v, mask, is_causal)
         part = new if part is None else _join(part, new)
@@ -178,16 +179,19 @@ def _keys(
     for start, stop in bounds:
         block = start // size
         width = stop - block * size
-        num_tokens = torch.tensor([width], dtype=torch.int32)
+        num_tokens = torch.tensor([width], dtype=torch.int32, device=kv.device)
         gathered = kv.gather_blocks(call.layer, table, block, num_tokens, width)
         k, v = (t[0, :, None, start - block * size :].to(call.q.dtype) for t in gathered)
         yield start, stop, k, v
 
 
 def _is_fused(kv: KVCache, call: Call) -> bool:
-    """Whether torch has this in one kernel that gives the log-sum-exp, too."""
+    """Whether torch has this in one kernel that gives the log-sum-exp, too.
+
+    Which hides what is behind a token by -inf before it multiplies, so for scale > 0 only.
+    """
     layer = kv.spec.layers[call.layer]
-    return call.softcap is None and layer.k_dim == layer.v_dim
+    return call.softcap is None and layer.k_dim == layer.v_dim and call.scale > 0
 
 
 def _attend(

@@ -18,9 +18,8 @@ _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def takes(kv: KVCache, call: Call) -> bool:
-    """Whether there is one for what this layer keeps. It computes in float32, without gradients."""
-    q = call.q
-    if q.dtype == torch.float64 or (q.requires_grad and torch.is_grad_enabled()):
+    """Whether there is one for what this layer keeps. It computes in float32."""
+    if call.q.dtype == torch.float64:
         return False
     layer, dtype = kv.spec.layers[call.layer], kv.k(call.layer).dtype
     whole = layer.k_dim % 8 == 0 and layer.v_dim % 8 == 0
@@ -29,38 +28,45 @@ def takes(kv: KVCache, call: Call) -> bool:
 
 def decode(kv: KVCache, call: Call, step: Step, first: int, last: int) -> torch.Tensor:
     """Rows [first, last) of the step, of one new token each: float32 [last - first, Hq, v_dim]."""
-    return _decode(kv, call, step, first, last, 0, None)
+    q = _queries(call, step, first, last)
+    return _decode(kv, call, step, (first, last), q, 0, 0)
 
 
 def decode_with_sums(
     kv: KVCache, call: Call, step: Step, first: int, last: int, begin: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same to keys from `begin` on, and the log-sum-exp of the scores [last - first, Hq]."""
-    sums = torch.empty(last - first, call.q.shape[1])
-    return _decode(kv, call, step, first, last, begin, sums), sums
+    q = _queries(call, step, first, last)
+    sums = q.new_empty(q.shape[:2])
+    return _decode(kv, call, step, (first, last), q, begin, sums.data_ptr()), sums
+
+
+def _queries(call: Call, step: Step, first: int, last: int) -> torch.Tensor:
+    """Float32 [last - first, Hq, k_dim], contiguous: what is asked with, where it is so."""
+    q = call.q
+    if last - first < len(q):
+        at = int(step.plan.query_starts[first])
+        q = q[at : at + last - first]
+    return q.float().contiguous()
 
 
 def _decode(
     kv: KVCache,
     call: Call,
     step: Step,
-    first: int,
-    last: int,
+    rows: tuple[int, int],
+    q: torch.Tensor,
     begin: int,
-    sums: torch.Tensor | None,
+    sums_at: int,
 ) -> torch.Tensor:
-    q, layer, pool = call.q, kv.spec.layers[call.layer], kv.host_pool
+    layer, pool = kv.spec.layers[call.layer], kv.host_pool
     assert pool is not None
-    if last - first < len(q):
-        at = int(step.plan.query_starts[first])
-        q = q[at : at + last - first]
-    q = q.float().contiguous()  # itself, where it is so
     num_rows, num_heads, _ = q.shape
     out = q.new_empty(num_rows, num_heads, layer.v_dim)
     pool.attend(
         call.layer,
         _TYPES[kv.k(call.layer).dtype],
-        *step.kept(("rows", first, last), lambda: _rows(step, first, last)),
+        *step.kept(("rows", rows), lambda: _tables(step, *rows)),
         layer.num_kv_heads,
         num_heads // layer.num_kv_heads,
         call.scale,
@@ -69,13 +75,13 @@ def _decode(
         begin,
         q.data_ptr(),
         out.data_ptr(),
-        0 if sums is None else sums.data_ptr(),
+        sums_at,
         torch.get_num_threads(),
     )
     return out
 
 
-def _rows(step: Step, first: int, last: int) -> tuple[int, int, int, int, int]:
+def _tables(step: Step, first: int, last: int) -> tuple[int, int, int, int, int]:
     """Where rows' tables are, their stride, number and width, and where the rows' lengths are."""
     tables, lens = step.block_tables[first:last], step.seq_lens[first:last]
     return tables.data_ptr(), tables.stride(0), *tables.shape, lens.data_ptr()

@@ -10,19 +10,23 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pagedkv.errors import InvalidState
 
 ATTENTION = "pagedkv"
 
+# Their layers read what update() returns for more than to attend to it, as if it were all there is.
+_READ_THEIR_VALUES = ("diffllama", "doge")
 
 # Left on the keys that update() returns, as `keys.pagedkv_attend`, since the rest of the keys is in
-# blocks: (module, query, mask, scale, softcap) -> output.
+# blocks: (module, query, value, mask, scale, softcap) -> output.
 Attend = Callable[
-    [torch.nn.Module, torch.Tensor, "torch.Tensor | None", "float | None", "float | None"],
+    [torch.nn.Module, torch.Tensor, torch.Tensor, "torch.Tensor | None", "float | None",
+     "float | None"],
     torch.Tensor,
-]
+]  # fmt: skip
 
 
 def paged_attention_forward(
@@ -39,21 +43,29 @@ def paged_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention of query [B, Hq, Q, D] over all that the cache holds. Returns [B, Q, Hq, D].
 
-    `key` and `value` are the new tokens' alone, and the cache has them already.
+    `key` and `value` are the new tokens' alone, and the cache has them already. Keys of no such
+    cache are those of another forward of this model, in another thread, which are all there; had a
+    layer changed its keys, the cache's next update() would miss that they were read.
     """
     attend: Attend | None = getattr(key, "pagedkv_attend", None)
-    if attend is None or dropout or s_aux is not None:
+    if dropout or s_aux is not None or (attend is None and softcap is not None):
         raise InvalidState(
-            "this attention layer changes its keys after the cache's update(), or asks for dropout "
-            "or attention sinks: make the cache with paged_attention=False"
+            "this attention layer asks for dropout, attention sinks or a softcap of keys that it "
+            "changed: make the cache with paged_attention=False"
         )
-    return attend(module, query, attention_mask, scaling, softcap), None
+    if attend is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    return attend(module, query, value, attention_mask, scaling, softcap), None
 
 
 def attends_paged(model: Any) -> bool:
-    """Whether a model's layers dispatch their attention function, to one that has no sinks."""
+    """Whether a model's layers dispatch their attention function, and can do with it alone."""
     dispatches = bool(getattr(model, "_supports_attention_backend", False))
-    return dispatches and not any(hasattr(module, "sinks") for module in model.modules())
+    if not dispatches or getattr(model.config, "model_type", "") in _READ_THEIR_VALUES:
+        return False
+    return not any(hasattr(module, "sinks") for module in model.modules())
 
 
 AttentionInterface.register(ATTENTION, paged_attention_forward)

@@ -6,15 +6,39 @@ attention function becomes the one that reads blocks.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
 
 from pagedkv.integrations._attention import ATTENTION, attends_paged
+from pagedkv.integrations._rows import OpenStep
 
 # The inputs that have one row per sequence. A forward with any other tensor is not folded.
 _ROW_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+
+
+@dataclass
+class Forward:
+    """One forward: how far its layers have come, and what the hooks on the model know of it.
+
+    `batch` is that of the caller, `places` the row of each of its rows after folding. `next_layer`
+    is the one to be updated; `unread` one whose keys, and `values`, were left to the attention
+    function.
+    """
+
+    attached: bool = False
+    paged_attention: bool = False
+    input_ids: torch.Tensor | None = None
+    batch: int | None = None
+    places: torch.Tensor | None = None
+    open_step: OpenStep | None = None
+    next_layer: int = 0
+    unread: int | None = None
+    values: torch.Tensor | None = None
 
 
 def fold_rows(
@@ -68,8 +92,31 @@ def unfold_rows(output: Any, num_rows: int, places: torch.Tensor) -> Any:
     return output
 
 
+def by_token(states: torch.Tensor) -> torch.Tensor:
+    """[B, H, Q, D] as [B * Q, H, D]: the rows' tokens one after the other."""
+    one = states.shape[2] == 1
+    return states.squeeze(2) if one else states.transpose(1, 2).flatten(0, 1)
+
+
+def by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments of a module's forward, all that can be as keywords: (args, kwargs)."""
+    if not args:
+        return args, kwargs
+    named = {}
+    for value, parameter in zip(
+        args, inspect.signature(module.forward).parameters.values(), strict=False
+    ):
+        if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            break
+        named[parameter.name] = value
+    return args[len(named) :], {**named, **kwargs}
+
+
 class AttentionSwitch:
-    """Sets the attention function of a model's layers for the length of one forward.
+    """Sets the attention function of a model's layers, for the length of forwards.
+
+    Several threads may be in a forward of the model: it is put back when none is any more. One that
+    was interrupted, so that nobody heard of its end, ends with the next one of its thread.
 
     `attends_paged`: whether the layers would ask the one that it sets.
     """
@@ -81,16 +128,24 @@ class AttentionSwitch:
             if hasattr(module, "layer_idx") and hasattr(module, "config"):
                 found[id(module.config)] = module.config
         self._configs = list(found.values())
-        self._before: list[str | None] | None = None
+        self._before: list[str | None] = []
+        self._threads: set[int] = set()  # that are in a forward
+        self._lock = Lock()
 
     def on(self) -> None:
-        if self._before is None:
-            self._before = [config._attn_implementation_internal for config in self._configs]
-        for config in self._configs:
-            config._attn_implementation_internal = ATTENTION
+        with self._lock:
+            if not self._threads:
+                self._before = [config._attn_implementation_internal for config in self._configs]
+            self._threads.add(get_ident())
+            for config in self._configs:
+                config._attn_implementation_internal = ATTENTION
 
     def off(self) -> None:
-        if self._before is not None:
+        if get_ident() not in self._threads:
+            return
+        with self._lock:
+            self._threads.discard(get_ident())
+            if self._threads:
+                return
             for config, before in zip(self._configs, self._before, strict=True):
                 config._attn_implementation_internal = before
-            self._before = None

@@ -89,16 +89,19 @@ class Rows:
 
     # -- steps -----------------------------------------------------------------------------------
 
-    def open(self, batch: int, count: int, input_ids: _Ids | None) -> OpenStep:
+    def open(
+        self, batch: int, count: int, input_ids: _Ids | None, *, knows_prompt: bool
+    ) -> OpenStep:
         """Open a step for `batch` rows: as many as there are, n times as many, or the first ones.
 
-        `input_ids` [batch, count], or None where unknown. All or nothing.
+        `input_ids` [batch, count], or None where unknown; then they are those of start()'s prompt
+        if the caller `knows_prompt` to be what is computed. All or nothing.
         """
         self.rollback()
         if self.parked:
             raise NotResident("the rows of this cache are parked in host memory: resume() first")
         before, made = self.ids, _NONE
-        tokens = self._tokens(batch, count, input_ids)
+        tokens = self._tokens(batch, count, input_ids, knows_prompt)
         if not len(before):
             ids = made = np.array([self.kv.create() for _ in range(batch)], np.int64)
         elif batch == len(before):
@@ -121,14 +124,16 @@ class Rows:
         self.open_step = OpenStep(step, self.length, count, made, before, tokens is not None)
         return self.open_step
 
-    def _tokens(self, batch: int, count: int, input_ids: _Ids | None) -> _Ids | None:
+    def _tokens(
+        self, batch: int, count: int, input_ids: _Ids | None, knows_prompt: bool
+    ) -> _Ids | None:
         """The tokens of a step, where the manager can still be told them."""
         if not self.wants_tokens:
             return None
         end = self.length + count
         if self._prompt is not None and batch % len(self._prompt) == 0:
             prompt = self._prompt.repeat(batch // len(self._prompt), axis=0)[:, self.length : end]
-            if input_ids is None and prompt.shape[1] == count:
+            if input_ids is None and knows_prompt and prompt.shape[1] == count:
                 return prompt.reshape(-1)
             if input_ids is not None and (input_ids[:, : prompt.shape[1]] != prompt).any():
                 raise InvalidState("start() was given another prompt: call reset() and start again")

@@ -13,7 +13,6 @@ All rows have one length, as in transformers' own caches: padding is stored, and
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,8 +24,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pagedkv.cache import KVCache
 from pagedkv.errors import InvalidState
-from pagedkv.integrations._forward import AttentionSwitch, fold_rows, unfold_rows
-from pagedkv.integrations._rows import CacheStats, OpenStep, Rows
+from pagedkv.integrations._forward import (
+    AttentionSwitch,
+    Forward,
+    by_name,
+    by_token,
+    fold_rows,
+    unfold_rows,
+)
+from pagedkv.integrations._rows import CacheStats, Rows
 from pagedkv.spec import KVSpec
 from pagedkv.transfers import Transfer
 from pagedkv.units import parse_bytes
@@ -36,24 +42,6 @@ __all__ = ["CacheStats", "PagedCache", "attach"]
 # A forward with more new tokens per row than this has work enough for the model's own attention
 # function over gathered rows to be the faster way.
 _MAX_PAGED_QUERIES = 16
-
-
-@dataclass
-class _Forward:
-    """One forward: how far its layers have come, and what the hooks on the model know of it.
-
-    `batch` is that of the caller, `places` the row of each of its rows after folding. `next_layer`
-    is the one to be updated; `unread` one whose keys were left to the attention function.
-    """
-
-    attached: bool = False
-    paged_attention: bool = False
-    input_ids: torch.Tensor | None = None
-    batch: int | None = None
-    places: torch.Tensor | None = None
-    open_step: OpenStep | None = None
-    next_layer: int = 0
-    unread: int | None = None
 
 
 class PagedCache(Cache):
@@ -66,13 +54,15 @@ class PagedCache(Cache):
 
     A model that is attached (`attach(model)`; for_model() does it) computes equal prompts once,
     uses paged attention, and tells start() each token. All else works without.
+
+    K and V are kept without gradients: none flows through them, those of new tokens among them.
     """
 
     def __init__(self, kv: KVCache, *, paged_attention: bool = True) -> None:
         super().__init__(layers=[])
         self.kv = kv
         self._rows = Rows(kv)
-        self._forward = _Forward()
+        self._forward = Forward()
         self._owns_kv, self._paged_attention = False, paged_attention
         self._attends = [partial(self._attend, layer) for layer in range(kv.spec.num_layers)]
 
@@ -139,29 +129,33 @@ class PagedCache(Cache):
             raise InvalidState(f"layer {layer_idx} came out of order: is the spec this model's?")
         self._check_read(forward)
         kv, step = self.kv, forward.open_step.step
-        kv.write(layer_idx, _by_token(key_states), _by_token(value_states), step)
+        kv.write(layer_idx, by_token(key_states), by_token(value_states), step)
         forward.next_layer += 1
         if forward.open_step.past:
             if forward.paged_attention:
                 key_states.pagedkv_attend = self._attends[layer_idx]  # type: ignore[attr-defined]
-                forward.unread = layer_idx
+                forward.unread, forward.values = layer_idx, value_states
             else:
                 key_states, value_states = kv.gather(layer_idx, step)
+                if torch.is_grad_enabled():  # what is kept for backward() must not be overwritten
+                    key_states, value_states = key_states.clone(), value_states.clone()
         if forward.next_layer == len(self) and not forward.attached:
             self._rows.commit()
         return key_states, value_states
 
-    def _open(self, keys: torch.Tensor) -> _Forward:
+    def _open(self, keys: torch.Tensor) -> Forward:
         forward = self._forward
         if not forward.attached or forward.next_layer:  # no hook has made a new one
-            forward = self._forward = _Forward()
+            forward = self._forward = Forward()
         known = forward.input_ids if self._rows.wants_tokens else None
         ids = None if known is None else known.cpu().numpy()
-        forward.open_step = self._rows.open(keys.shape[0], keys.shape[2], ids)
+        forward.open_step = self._rows.open(
+            keys.shape[0], keys.shape[2], ids, knows_prompt=not forward.attached
+        )
         return forward
 
     @staticmethod
-    def _check_read(forward: _Forward) -> None:
+    def _check_read(forward: Forward) -> None:
         if forward.unread is not None:
             raise InvalidState(
                 f"layer {forward.unread} did not pass its keys on to its attention function: make "
@@ -322,10 +316,10 @@ class PagedCache(Cache):
 
     # -- what the hooks on an attached model call ------------------------------------------------
 
-    def _begin_forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Fold the rows of a forward's inputs, and choose how it attends."""
+    def _begin_forward(self, inputs: dict[str, Any], wants_more: bool = False) -> dict[str, Any]:
+        """Fold the rows of a forward, which may want more than paged attention has: gradients."""
         self._rows.rollback()
-        forward = self._forward = _Forward(attached=True)
+        forward = self._forward = Forward(attached=True)
         folded = fold_rows(inputs, len(self._rows))
         if folded is not None:
             forward.batch = inputs["input_ids"].shape[0]
@@ -335,12 +329,12 @@ class PagedCache(Cache):
         # A first forward has no past to read, and is the model's own altogether.
         has_past = self._paged_attention and self._rows.length > 0
         few = new is not None and new.shape[1] <= _MAX_PAGED_QUERIES
-        forward.paged_attention = has_past and few
+        forward.paged_attention = has_past and few and not wants_more
         return inputs
 
     def _end_forward(self, output: Any) -> Any:
         """Commit and unfold. `output` is None if the forward raised; then nothing has happened."""
-        forward, self._forward = self._forward, _Forward()
+        forward, self._forward = self._forward, Forward()
         if output is None or forward.open_step is None:
             self._rows.rollback()
             return output
@@ -362,29 +356,28 @@ class PagedCache(Cache):
         layer: int,
         module: torch.nn.Module,
         query: torch.Tensor,
+        value: torch.Tensor,
         mask: torch.Tensor | None,
         scale: float | None,
         softcap: float | None,
     ) -> torch.Tensor:
         """Attention of query [B, Hq, Q, D] over what the rows hold of a layer: [B, Q, Hq, D]."""
         forward = self._forward
-        assert forward.open_step is not None
-        forward.unread = None
+        if forward.open_step is None or value is not forward.values:
+            raise InvalidState(
+                f"layer {layer} changes its values after the cache's update(), or attends twice: "
+                "make the cache with paged_attention=False for this model"
+            )
+        forward.unread = forward.values = None
         step = forward.open_step.step
         batch, num_new = query.shape[0], query.shape[2]
         if softcap is None and mask is not None and len(step.shared_runs) == batch:
             keys, values = self.kv.gather(layer, step)  # nothing is read twice
             return sdpa_attention_forward(module, query, keys, values, mask, scaling=scale)[0]
         output = self.kv.attention(
-            layer, _by_token(query), step, scale=scale, softcap=softcap, attn_mask=mask
+            layer, by_token(query), step, scale=scale, softcap=softcap, attn_mask=mask
         )
         return output.unflatten(0, (batch, num_new)) if num_new > 1 else output.unsqueeze(1)
-
-
-def _by_token(states: torch.Tensor) -> torch.Tensor:
-    """[B, H, Q, D] as [B * Q, H, D]: the rows' tokens one after the other."""
-    one = states.shape[2] == 1
-    return states.squeeze(2) if one else states.transpose(1, 2).flatten(0, 1)
 
 
 _switches: WeakKeyDictionary[torch.nn.Module, AttentionSwitch] = WeakKeyDictionary()
@@ -393,28 +386,35 @@ _switches: WeakKeyDictionary[torch.nn.Module, AttentionSwitch] = WeakKeyDictiona
 def attach(model: Any) -> None:
     """Hook `model` so that its forwards tell a PagedCache of their tokens and compute rows once.
 
-    Once is enough for a model, again is harmless; a forward with another cache is not touched.
+    Once is enough, again is harmless; other caches' forwards, and copies, are not touched.
     """
     if model in _switches:
         return
-    switch = _switches[model] = AttentionSwitch(model)
+    _switches[model] = AttentionSwitch(model)
+    if _before not in model._forward_pre_hooks.values():  # as in a copy of an attached one
+        model.register_forward_pre_hook(_before, with_kwargs=True)
+        model.register_forward_hook(_after, with_kwargs=True, always_call=True)
 
-    def before(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, PagedCache):
-            switch.off()  # in case a forward was interrupted
-            return None
-        kwargs = cache._begin_forward(kwargs)
-        if cache._forward.paged_attention:
-            switch.on()
-        return args, kwargs
 
-    def after(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, PagedCache):
-            return None
-        switch.off()
-        return cache._end_forward(output)
+def _before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    switch = _switches.get(module)
+    if switch is None:
+        return None
+    switch.off()  # of a forward that was interrupted
+    args, kwargs = by_name(module, args, kwargs)
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, PagedCache):
+        return None
+    weights = kwargs.get("output_attentions", getattr(module.config, "output_attentions", False))
+    kwargs = cache._begin_forward(kwargs, torch.is_grad_enabled() or bool(weights))
+    if cache._forward.paged_attention:
+        switch.on()
+    return args, kwargs
 
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(after, with_kwargs=True, always_call=True)
+
+def _after(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    cache, switch = kwargs.get("past_key_values"), _switches.get(module)
+    if switch is None or not isinstance(cache, PagedCache):
+        return None
+    switch.off()
+    return cache._end_forward(output)

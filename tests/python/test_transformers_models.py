@@ -1,0 +1,181 @@
+"""PagedCache and models that do with their keys, their calls and their copies as they like."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa: E402
+
+import models_tiny as tiny  # noqa: E402
+from pagedkv.errors import InvalidState  # noqa: E402
+from pagedkv.integrations.transformers import PagedCache  # noqa: E402
+from requests_tiny import dense, generate, paged, prompt, unattached  # noqa: E402
+
+
+def other_model(name: str, **options: Any) -> Any:
+    try:
+        config = AutoConfig.for_model(
+            name, vocab_size=tiny.VOCAB, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options,
+        )  # fmt: skip
+    except ValueError:
+        pytest.skip(f"this transformers has no {name}")
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", ["diffllama", "doge"])
+def test_layers_that_read_their_values_apart(name: str, beams: int) -> None:
+    """They get them all, gathered."""
+    model, ids = other_model(name, **({"keep_window_size": 4} if name == "doge" else {})), prompt()
+    with paged(model) as cache:
+        found = generate(model, cache, ids, num_beams=beams)
+    assert found.tolist() == dense(model, ids, num_beams=beams).tolist()
+
+
+def test_paged_attention_forced_on_a_model_that_halves_its_values_says_so() -> None:
+    model = other_model("diffllama")
+    with (
+        PagedCache.for_model(model, "4MiB", paged_attention=True) as cache,
+        pytest.raises(InvalidState, match=r"changes its values.*paged_attention=False"),
+    ):
+        generate(model, cache, prompt())
+
+
+@torch.no_grad()
+def test_arguments_by_position_are_those_by_name() -> None:
+    model, ids = tiny.model("llama"), prompt()
+    with paged(model) as cache:
+        cache.start(ids)
+        with pytest.raises(InvalidState, match="start\\(\\) was given another prompt"):
+            model((ids + 1) % tiny.VOCAB, past_key_values=cache)
+        model(ids, None, None, cache)  # the cache, too
+        cache.finish()
+        assert cache.start(ids) > 0
+        cache.reset()
+        batch = ids.repeat(4, 1)
+        model(batch, past_key_values=cache)
+        assert cache.stats().num_rows == 4
+        assert cache.stats().num_shared_blocks == cache.stats().num_blocks  # computed once
+
+
+@torch.no_grad()
+def test_embeddings_instead_of_the_prompt_that_was_started_leave_no_hits() -> None:
+    model, ids = tiny.model("llama"), prompt()
+    other = (ids + 1) % tiny.VOCAB
+    with paged(model) as cache:
+        cache.start(ids)
+        model(inputs_embeds=model.get_input_embeddings()(other), past_key_values=cache)
+        cache.finish()
+        assert cache.start(ids) == 0
+        cache.reset()
+        assert generate(model, cache, ids).tolist() == dense(model, ids).tolist()
+
+
+def test_a_copy_of_an_attached_model_is_a_model() -> None:
+    model, ids = tiny.model("llama"), prompt()
+    with paged(model):
+        twin = copy.deepcopy(model)
+        torch.save(twin, io.BytesIO())
+        with unattached(twin) as cache:
+            assert generate(twin, cache, ids).tolist() == dense(model, ids).tolist()
+        with paged(twin) as cache:
+            found = generate(twin, cache, ids, num_beams=3)
+    assert found.tolist() == dense(model, ids, num_beams=3).tolist()
+    assert model.config._attn_implementation == twin.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("paged_ones", [1, 3])
+def test_threads_may_share_a_model(paged_ones: int) -> None:
+    """Each with a cache of its own, or with none of ours."""
+    model = tiny.model("llama")
+    prompts = [torch.randint(3, tiny.VOCAB, (1, 20 + i)) for i in range(3)]
+    expected = [dense(model, ids).tolist() for ids in prompts]
+    wrong: list[object] = []
+
+    def work(i: int) -> None:
+        try:
+            for _ in range(6):
+                if i < paged_ones:
+                    with PagedCache.for_model(model, "4MiB") as cache:
+                        found = generate(model, cache, prompts[i])
+                else:
+                    found = dense(model, prompts[i])
+                if found.tolist() != expected[i]:
+                    wrong.append(i)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_interrupt_in_a_forward_leaves_the_model_usable() -> None:
+    model, ids = tiny.model("llama"), prompt()
+    expected = dense(model, ids).tolist()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with paged(model) as cache:
+        generate(model, cache, ids, new=4)
+        hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt), torch.no_grad():
+            model(input_ids=ids[:, :1], past_key_values=cache)
+        hook.remove()
+        with torch.no_grad():
+            inner = model.model(input_ids=ids).last_hidden_state  # around the hooks
+        assert dense(model, ids).tolist() == expected
+        assert model.config._attn_implementation == "sdpa"
+        with torch.no_grad():
+            torch.testing.assert_close(model.model(input_ids=ids).last_hidden_state, inner)
+        cache.reset()
+        assert generate(model, cache, ids).tolist() == expected
+
+
+def test_gradients_flow_through_queries_and_not_through_what_is_kept() -> None:
+    model, ids = copy.deepcopy(tiny.model("llama")), prompt()
+
+    class Detached(DynamicCache):
+        def update(self, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().update(k.detach(), v.detach(), *args, **kwargs)
+
+    found = []
+    with paged(model) as cache:
+        for each in (cache, Detached()):
+            model.zero_grad()
+            with torch.no_grad():
+                model(input_ids=ids[:, :-3], past_key_values=each)
+            model(input_ids=ids[:, -3:], past_key_values=each).logits.sum().backward()
+            found.append({name: p.grad for name, p in model.named_parameters()})
+    ours, theirs = found
+    past = {name for name in ours if "layers" not in name or "q_proj" in name or "mlp" in name}
+    assert any("layers.1" in name for name in past)
+    for name in past:
+        torch.testing.assert_close(ours[name], theirs[name], msg=name)
+
+
+@torch.no_grad()
+def test_attention_weights_are_there_where_they_are_asked_for() -> None:
+    model, ids = copy.deepcopy(tiny.model("llama")), prompt()
+    model.set_attn_implementation("eager")
+    with paged(model) as cache:
+        model(input_ids=ids[:, :-1], past_key_values=cache)
+        found = model(input_ids=ids[:, -1:], past_key_values=cache, output_attentions=True)
+    expected = model(input_ids=ids, output_attentions=True)
+    for ours, theirs in zip(found.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(ours, theirs[:, :, -1:])
