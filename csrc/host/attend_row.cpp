@@ -277,12 +277,12 @@ RowSpace::RowSpace(const RowShape& shape, std::int64_t num_heads)
       tile(static_cast<std::size_t>(shape.block_size * std::max(shape.k_dim, shape.v_dim))),
       norms(static_cast<std::size_t>(num_heads)) {}
 
-AttendRow attend_row_portably(FloatType type) {
+AttendRow portable_attend_row(FloatType type) {
   return type == FloatType::kFloat32 ? &attend_row_anywhere<FloatType::kFloat32>
                                      : &attend_row_anywhere<FloatType::kBFloat16>;
 }
 
-AttendRow attend_row(FloatType type) {
+AttendRow fastest_attend_row(FloatType type) {
 #if defined(__x86_64__)
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_avx2) {
@@ -290,7 +290,7 @@ AttendRow attend_row(FloatType type) {
                                        : &attend_row_avx2<FloatType::kBFloat16>;
   }
 #endif
-  return attend_row_portably(type);
+  return portable_attend_row(type);
 }
 
 }  // namespace pagedkv

@@ -50,7 +50,7 @@ using AttendRow = void (*)(const RowShape& shape, const Row& row, const DecodeRo
                            RowSpace& space);
 
 // By the best that this machine has, and by what every machine has.
-AttendRow attend_row(FloatType type);
-AttendRow attend_row_portably(FloatType type);
+AttendRow fastest_attend_row(FloatType type);
+AttendRow portable_attend_row(FloatType type);
 
 }  // namespace pagedkv

@@ -108,8 +108,9 @@ void join(std::span<const Row> pieces, const DecodeRows& rows, std::int64_t b, s
     for (const Row& piece : pieces) largest = std::max(largest, piece.sums[h]);
     float* const to = rows.outputs + (b * num_heads + h) * v_dim;
     std::fill(to, to + v_dim, 0.0f);
+    const bool none = largest == -std::numeric_limits<float>::infinity();
     for (const Row& piece : pieces) {
-      const float weight = std::exp(piece.sums[h] - largest);
+      const float weight = none ? 0 : std::exp(piece.sums[h] - largest);
       if (weight == 0) continue;  // its output may be that of no key at all
       total += weight;
       for (std::int64_t d = 0; d < v_dim; ++d) to[d] += weight * piece.outputs[h * v_dim + d];
@@ -142,13 +143,13 @@ void attend_by(AttendRow attend_row, const HostPool& pool, const TableView& tabl
 
 void attend(const HostPool& pool, const TableView& table, std::span<const std::int32_t> seq_lens,
             const DecodeRows& rows, int num_threads) {
-  attend_by(attend_row(rows.type), pool, table, seq_lens, rows, num_threads);
+  attend_by(fastest_attend_row(rows.type), pool, table, seq_lens, rows, num_threads);
 }
 
 void attend_portably(const HostPool& pool, const TableView& table,
                      std::span<const std::int32_t> seq_lens, const DecodeRows& rows,
                      int num_threads) {
-  attend_by(attend_row_portably(rows.type), pool, table, seq_lens, rows, num_threads);
+  attend_by(portable_attend_row(rows.type), pool, table, seq_lens, rows, num_threads);
 }
 
 }  // namespace pagedkv

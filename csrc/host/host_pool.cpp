@@ -76,10 +76,11 @@ void HostPool::copy_blocks(std::span<const std::int32_t> copies) {
   for (const Region& r : regions_) {
     for (std::size_t i = 0; i < copies.size(); i += 3) {
       const std::int64_t source = bounded(copies[i]), target = bounded(copies[i + 1]);
+      const std::int64_t asked = copies[i + 2];
+      const std::int64_t count = std::clamp<std::int64_t>(asked, 0, block_size_);
       if (source == target) continue;
-      std::memcpy(
-          r.base + target * r.block_stride, r.base + source * r.block_stride,
-          static_cast<std::size_t>(std::clamp(copies[i + 2], 0, block_size_) * r.token_bytes));
+      std::memcpy(r.base + target * r.block_stride, r.base + source * r.block_stride,
+                  static_cast<std::size_t>(count * r.token_bytes));
     }
   }
 }

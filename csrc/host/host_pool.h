@@ -1,4 +1,4 @@
-// Keys and values in host memory, read and written by the calling thread.
+// Keys and values in host memory. What is asked is done when a call returns.
 //
 // Slots, tables and lengths are checked before anything is done. Another thread may still change
 // them meanwhile: then what is done is wrong, but inside the pool, since each is bounded again as

@@ -469,7 +469,7 @@ class Pool(_Object):
 
 @final
 class HostPool(Pool):
-    """In host memory, by the calling thread, at once. Keeps `owner` alive."""
+    """In host memory, at once. Keeps `owner` alive."""
 
     def __init__(
         self, regions: list[tuple[int, int, int]], num_blocks: int, block_size: int,
@@ -481,7 +481,7 @@ class HostPool(Pool):
         softcap: float, window: int, first: int, queries: int, outputs: int, sums: int,
         num_threads: int,
     ) -> None:  # fmt: skip
-        """Attention of one new token per row, K and V being "float32" or "bfloat16".
+        """Attention of one new token per row, on up to num_threads; K, V "float32" or "bfloat16".
 
         From token `first` on. Queries and outputs are float32 [rows, num_kv_heads * group, dim],
         dims multiples of 8, `sums` [rows, num_kv_heads * group]. 0 is no softcap, window, sums."""

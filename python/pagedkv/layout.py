@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.dlpack import from_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from pagedkv.errors import InvalidSpec
 from pagedkv.spec import KVSpec, LayerSpec
@@ -108,7 +108,7 @@ def _views(spec: KVSpec, part: _Part) -> tuple[tuple[torch.Tensor, torch.Tensor]
     def view(layer: LayerSpec, token_bytes: int, dim: int) -> torch.Tensor:
         nonlocal offset
         size = spec.block_size * token_bytes
-        alone: torch.Tensor = from_dlpack(part(offset, size))
+        alone: torch.Tensor = from_dlpack(to_dlpack(part(offset, size)))
         offset += size
         typed = alone.view(getattr(torch, layer.dtype))
         return typed.view(-1, spec.block_size, layer.num_kv_heads, dim)

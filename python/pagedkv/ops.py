@@ -33,8 +33,7 @@ import torch
 
 from pagedkv._core import CudaDevice, CudaPool, HostPool, LayerWriter, Pool
 from pagedkv.errors import InvalidSpec
-from pagedkv.tables import check_tables, refuse
-from pagedkv.writes import address
+from pagedkv.tables import address, check_tables, refuse, require_on
 
 __all__ = ["copy_blocks", "gather", "write"]
 
@@ -86,16 +85,15 @@ class _Layer:
             (v.data_ptr(), v.stride(0) * size, self.v_bytes),
         ]
         num_blocks, block_size = k.shape[:2]
-        self.device = _device(k.device.index) if k.is_cuda else None
         self.pool: Pool
-        if self.device is None:
-            self.pool = HostPool(regions, num_blocks, block_size)
+        self.turn: AbstractContextManager[None]
+        if k.is_cuda:
+            self.turn = turn = _turn(k.device.index)
+            self.pool = CudaPool(turn.device, regions, num_blocks, block_size, 0, 0, 0, 0)
         else:
-            self.pool = CudaPool(self.device, regions, num_blocks, block_size, 0, 0, 0, 0)
+            self.turn = nullcontext()
+            self.pool = HostPool(regions, num_blocks, block_size)
         self.writer = LayerWriter(self.pool, 0, k, v)
-        self.turn: AbstractContextManager[None] = nullcontext()
-        if self.device is not None:
-            self.turn = _turn(self.device)
 
     def is_of(self, k: torch.Tensor, v: torch.Tensor) -> bool:
         """Whether these, which are where its pools were, are seen as those were."""
@@ -116,12 +114,12 @@ class _Turn:
     """
 
     def __init__(self, device: CudaDevice) -> None:
-        self._device, self._lock = device, Lock()
+        self.device, self._lock = device, Lock()
 
     def __enter__(self) -> None:
         self._lock.acquire()
         try:
-            self._device.use_stream(torch._C._cuda_getCurrentRawStream(self._device.index))
+            self.device.use_stream(torch._C._cuda_getCurrentRawStream(self.device.index))
         except BaseException:
             self._lock.release()
             raise
@@ -134,13 +132,8 @@ _layers: dict[tuple[int, int], list[_Layer]] = {}  # by the addresses of their p
 
 
 @cache
-def _device(index: int) -> CudaDevice:
-    return CudaDevice(import_module("pagedkv._cuda").runtime(), index)
-
-
-@cache
-def _turn(device: CudaDevice) -> _Turn:
-    return _Turn(device)
+def _turn(index: int) -> _Turn:
+    return _Turn(CudaDevice(import_module("pagedkv._cuda").runtime(), index))
 
 
 def _layer_at(k: torch.Tensor, v: torch.Tensor) -> _Layer | None:
@@ -174,7 +167,7 @@ def _write(
     layer = _layer_of(k_pool, v_pool)
     if slots.dtype is not torch.int64 or slots.dim() != 1 or not slots.is_contiguous():
         refuse("slots", slots, "contiguous int64 [T]")
-    _require_on("slots", slots, k_pool)
+    require_on("slots", slots, k_pool.device)
     num_tokens = len(slots)
     k, v = _rows("k", k, k_pool, num_tokens), _rows("v", v, v_pool, num_tokens)
     at = k.data_ptr(), layer.k_bytes, v.data_ptr(), layer.v_bytes
@@ -186,14 +179,8 @@ def _rows(name: str, source: torch.Tensor, pool: torch.Tensor, num_tokens: int) 
     expected = (num_tokens, *pool.shape[2:])
     if source.shape != expected or source.dtype != pool.dtype:
         refuse(name, source, f"{pool.dtype} {list(expected)}")
-    _require_on(name, source, pool)
+    require_on(name, source, pool.device)
     return source.contiguous()
-
-
-def _require_on(name: str, tensor: torch.Tensor, pool: torch.Tensor) -> None:
-    if tensor.device != pool.device:
-        raise InvalidSpec(f"{name} is on {tensor.device}, expected {pool.device}, as the pool is")
-    address(tensor, name)
 
 
 def _gather(
@@ -235,7 +222,7 @@ def _copy_blocks(k_pool: torch.Tensor, v_pool: torch.Tensor, copies: torch.Tenso
     layer = _layer_of(k_pool, v_pool)
     if copies.dtype != torch.int32 or copies.shape[1:] != (3,) or not copies.is_contiguous():
         refuse("copies", copies, "contiguous int32 [n, 3]")
-    _require_on("copies", copies, k_pool)
+    require_on("copies", copies, k_pool.device)
     if len(copies):
         with layer.turn:
             layer.pool.copy_blocks(copies.data_ptr(), len(copies))

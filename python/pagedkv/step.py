@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pagedkv.errors import InvalidSpec, InvalidState
-from pagedkv.writes import address
+from pagedkv.tables import address
 
 if TYPE_CHECKING:
     from pagedkv._core import BlockManager, StepPlan

@@ -105,11 +105,13 @@ class Steps(Sequences):
 
     def _check_blocks(self, plan: StepPlan) -> None:
         """A plan of other blocks than those here names slots that its tables do not."""
-        size, tables = self.spec.block_size, plan.block_tables
-        rows = np.repeat(np.arange(len(tables)), np.diff(plan.query_starts))
+        size, tables, counts = self.spec.block_size, plan.block_tables, np.diff(plan.query_starts)
+        if (counts < 1).any():
+            raise InvalidSpec(f"step {plan.step} has rows without new tokens: no manager makes one")
         columns = plan.positions // size
         inside = not len(columns) or int(columns.max()) < tables.shape[1]
-        if not inside or (tables[rows, columns] * size + plan.positions % size != plan.slots).any():
+        blocks = tables[np.repeat(np.arange(len(tables)), counts), columns] if inside else columns
+        if (blocks.astype(np.int64) * size + plan.positions % size != plan.slots).any():
             raise InvalidSpec(
                 f"step {plan.step} has slots that are not in its blocks of {size} tokens: expected "
                 f"a plan of a manager with block_size={size}"

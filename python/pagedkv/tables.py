@@ -1,4 +1,4 @@
-"""Checks of arrays that a caller hands over, before addresses are all that is left of them."""
+"""Checks of tensors that a caller hands over, before addresses are all that is left of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ from typing import NoReturn
 import torch
 
 from pagedkv.errors import InvalidSpec
-from pagedkv.writes import address
 
-__all__ = ["check_tables", "refuse"]
+__all__ = ["address", "check_tables", "refuse", "require_on"]
+
+
+def address(tensor: torch.Tensor, name: str) -> int:
+    """Where its elements are. InvalidSpec if it has no memory of its own, as fake ones do."""
+    found = tensor.data_ptr()
+    if not found and tensor.numel():
+        raise InvalidSpec(
+            f"{name} is a {type(tensor).__name__} without memory of its own: expected a plain "
+            "tensor, as of DTensor.to_local()"
+        )
+    return found
 
 
 def check_tables(
@@ -22,14 +32,19 @@ def check_tables(
     rows = block_tables.dim() == 2 and len(block_tables) == num_rows
     if not rows or block_tables.dtype != torch.int32 or not _is_run(block_tables, num_rows):
         refuse("block_tables", block_tables, f"int32 [{num_rows}, W] of contiguous rows")
-    for name, tensor in ((lens_name, lens), ("block_tables", block_tables)):
-        if tensor.device != device:
-            raise InvalidSpec(f"{name} is on {tensor.device}, expected {device}")
-        address(tensor, name)
+    require_on(lens_name, lens, device)
+    require_on("block_tables", block_tables, device)
 
 
 def _is_run(tables: torch.Tensor, num_rows: int) -> bool:
     return tables.stride(1) == 1 or tables.shape[1] <= 1 or not num_rows
+
+
+def require_on(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """Raises InvalidSpec unless `tensor` is in the memory of `device`."""
+    if tensor.device != device:
+        raise InvalidSpec(f"{name} is on {tensor.device}, expected {device}")
+    address(tensor, name)
 
 
 def refuse(what: str, tensor: torch.Tensor, expected: str) -> NoReturn:

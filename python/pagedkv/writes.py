@@ -6,19 +6,9 @@ import torch
 
 from pagedkv.errors import InvalidSpec
 from pagedkv.fp8 import is_fp8, to_fp8
+from pagedkv.tables import address
 
-__all__ = ["address", "as_stored", "check_source", "rows"]
-
-
-def address(tensor: torch.Tensor, name: str) -> int:
-    """Where its elements are. InvalidSpec if it has no memory of its own, as fake ones do."""
-    found = tensor.data_ptr()
-    if not found and tensor.numel():
-        raise InvalidSpec(
-            f"{name} is a {type(tensor).__name__} without memory of its own: expected a plain "
-            "tensor, as of DTensor.to_local()"
-        )
-    return found
+__all__ = ["as_stored", "check_source", "rows"]
 
 
 def check_source(source: torch.Tensor, name: str, pool: torch.Tensor, num_tokens: int) -> None:

@@ -212,7 +212,7 @@ TEST_CASE("several threads read long rows in pieces, and many rows one by one") 
   }
 }
 
-TEST_CASE("a piece whose keys have no weight at all adds nothing, and NaN shows wherever it is") {
+TEST_CASE("a piece whose keys have no weight at all adds nothing, and a NaN of weight shows") {
   const Case c{.num_kv_heads = 8, .k_dim = 128, .v_dim = 128, .scale = 1, .lengths = {1200}};
   Memory memory(c);
   std::ranges::fill(memory.queries, 1.0f);

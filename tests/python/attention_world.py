@@ -22,7 +22,8 @@ def dense(
     """Causal attention of the last len(q) tokens, written out in float64."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.double().repeat_interleave(group, 1) for t in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q.double(), k) * (scale or q.shape[2] ** -0.5)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     at = torch.arange(len(k) - len(q), len(k), device=q.device)[:, None]

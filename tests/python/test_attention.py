@@ -196,11 +196,14 @@ with kv.step(sequences, counts=np.array([1500, 300])) as step:
     kv.write(0, k, k, step)
 step, q = kv.step(sequences, counts=np.array([1, 1])), torch.randn(2, 16, 128, generator=random)
 kv.write(0, k[:2], k[:2], step)
-found = []
+found, helpers = [], []
 for num_threads in (1, 2, 7):
     torch.set_num_threads(num_threads)
+    before = len(os.listdir("/proc/self/task"))
     found.append(kv.attention(0, q, step))
+    helpers.append(len(os.listdir("/proc/self/task")) - before)
     torch.testing.assert_close(found[-1], kv.attention(0, q, step, backend="gather"))
+assert helpers == [0, 1, 5], helpers  # there is work for so many, and they stay
 child = os.fork()
 if child == 0:
     os._exit(0 if torch.equal(kv.attention(0, q, step), found[-1]) else 1)

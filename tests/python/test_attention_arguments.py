@@ -91,10 +91,21 @@ def test_a_mask_is_of_the_shape_of_the_step(mask: Any, message: str) -> None:
         w.kv.attention(0, w.randn(3, 4, 16), step, attn_mask=torch.ones(1, 1, 1, 7))
 
 
+def test_a_mask_of_one_key_is_one_of_all() -> None:
+    """Broadcast as any, also to rows of near lengths, which are read together."""
+    w = world()
+    with w.kv.step(w.new([5, 9])) as step:
+        w.kv.write(0, w.randn(2, 2, 16), w.randn(2, 2, 16), step)
+        q = w.randn(2, 4, 16)
+        expected = w.kv.attention(0, q, step)
+        for one in (torch.ones(1, 1, 1, 1, dtype=torch.bool), torch.zeros(1, 1, 1, 1)):
+            torch.testing.assert_close(w.kv.attention(0, q, step, attn_mask=one), expected)
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.5])
 def test_a_scale_that_turns_the_order_round(scale: float) -> None:
     w = world()
-    w.check("blockwise", w.new([30]), [9], scale=scale or 1e-30)
+    w.check("blockwise", w.new([30]), [9], scale=scale)
 
 
 def test_tensors_without_memory_of_their_own_are_refused() -> None:

@@ -14,7 +14,7 @@ import torch
 from pagedkv.attention import blockwise, flash_attn, flashinfer, flex, gather, varlen
 from pagedkv.attention.call import Backend, Call
 from pagedkv.errors import InvalidSpec
-from pagedkv.writes import address
+from pagedkv.tables import address
 
 if TYPE_CHECKING:
     from pagedkv.cache import KVCache

@@ -61,8 +61,8 @@ def _decode(
 ) -> torch.Tensor:
     layer, pool = kv.spec.layers[call.layer], kv.host_pool
     assert pool is not None
-    num_rows, num_heads, _ = q.shape
-    out = q.new_empty(num_rows, num_heads, layer.v_dim)
+    num_heads = q.shape[1]
+    out = q.new_empty(rows[1] - rows[0], num_heads, layer.v_dim)
     pool.attend(
         call.layer,
         _TYPES[kv.k(call.layer).dtype],

@@ -45,13 +45,14 @@ def paged_attention_forward(
 
     `key` and `value` are the new tokens' alone, and the cache has them already. Keys of no such
     cache are those of another forward of this model, in another thread, which are all there; had a
-    layer changed its keys, the cache's next update() would miss that they were read.
+    layer changed its keys, the cache would miss at its next update(), or at the end, that they were
+    read.
     """
     attend: Attend | None = getattr(key, "pagedkv_attend", None)
     if dropout or s_aux is not None or (attend is None and softcap is not None):
         raise InvalidState(
-            "this attention layer asks for dropout, attention sinks or a softcap of keys that it "
-            "changed: make the cache with paged_attention=False"
+            "this attention layer asks for dropout, sinks, or a softcap of keys that it changed or "
+            "that are another thread's: make the cache with paged_attention=False"
         )
     if attend is None:
         return sdpa_attention_forward(

@@ -109,14 +109,26 @@ def by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
             break
         named[parameter.name] = value
+    if named.keys() & kwargs.keys():
+        return args, kwargs  # which the model will refuse
     return args[len(named) :], {**named, **kwargs}
+
+
+def wants_more(module: torch.nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether a forward wants more than paged attention has: gradients, or its weights."""
+    weights = inputs.get("output_attentions")
+    if weights is None:
+        weights = getattr(module.config, "output_attentions", False)
+    return bool(weights) or torch.is_grad_enabled()
 
 
 class AttentionSwitch:
     """Sets the attention function of a model's layers, for the length of forwards.
 
     Several threads may be in a forward of the model: it is put back when none is any more. One that
-    was interrupted, so that nobody heard of its end, ends with the next one of its thread.
+    was interrupted, so that nobody heard of its end, ends with the next one of its thread. Forwards
+    of other caches in other threads see it meanwhile: so the model has to be one of "sdpa", whose
+    masks are the same.
 
     `attends_paged`: whether the layers would ask the one that it sets.
     """

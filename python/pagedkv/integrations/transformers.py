@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,6 +32,7 @@ from pagedkv.integrations._forward import (
     by_token,
     fold_rows,
     unfold_rows,
+    wants_more,
 )
 from pagedkv.integrations._rows import CacheStats, Rows
 from pagedkv.spec import KVSpec
@@ -55,7 +57,7 @@ class PagedCache(Cache):
     A model that is attached (`attach(model)`; for_model() does it) computes equal prompts once,
     uses paged attention, and tells start() each token. All else works without.
 
-    K and V are kept without gradients: none flows through them, those of new tokens among them.
+    K and V are kept without gradients: use no_grad(), since with them enabled they are gathered.
     """
 
     def __init__(self, kv: KVCache, *, paged_attention: bool = True) -> None:
@@ -317,7 +319,7 @@ class PagedCache(Cache):
     # -- what the hooks on an attached model call ------------------------------------------------
 
     def _begin_forward(self, inputs: dict[str, Any], wants_more: bool = False) -> dict[str, Any]:
-        """Fold the rows of a forward, which may want more than paged attention has: gradients."""
+        """Fold the rows of a forward, and choose how it attends."""
         self._rows.rollback()
         forward = self._forward = Forward(attached=True)
         folded = fold_rows(inputs, len(self._rows))
@@ -380,20 +382,19 @@ class PagedCache(Cache):
         return output.unflatten(0, (batch, num_new)) if num_new > 1 else output.unsqueeze(1)
 
 
+_attaching = Lock()
 _switches: WeakKeyDictionary[torch.nn.Module, AttentionSwitch] = WeakKeyDictionary()
 
 
 def attach(model: Any) -> None:
-    """Hook `model` so that its forwards tell a PagedCache of their tokens and compute rows once.
-
-    Once is enough, again is harmless; other caches' forwards, and copies, are not touched.
-    """
-    if model in _switches:
-        return
-    _switches[model] = AttentionSwitch(model)
-    if _before not in model._forward_pre_hooks.values():  # as in a copy of an attached one
-        model.register_forward_pre_hook(_before, with_kwargs=True)
-        model.register_forward_hook(_after, with_kwargs=True, always_call=True)
+    """Hook `model`, once, so that its forwards tell a PagedCache their tokens and fold rows."""
+    with _attaching:
+        if model in _switches:
+            return
+        _switches[model] = AttentionSwitch(model)
+        if _before not in model._forward_pre_hooks.values():  # as in a copy of an attached one
+            model.register_forward_pre_hook(_before, with_kwargs=True)
+            model.register_forward_hook(_after, with_kwargs=True, always_call=True)
 
 
 def _before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -405,8 +406,7 @@ def _before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, PagedCache):
         return None
-    weights = kwargs.get("output_attentions", getattr(module.config, "output_attentions", False))
-    kwargs = cache._begin_forward(kwargs, torch.is_grad_enabled() or bool(weights))
+    kwargs = cache._begin_forward(kwargs, wants_more(module, kwargs))
     if cache._forward.paged_attention:
         switch.on()
     return args, kwargs
