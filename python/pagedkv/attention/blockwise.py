@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pagedkv.attention.call import equal_counts
+from pagedkv.attention.call import equal_counts, widened
 from pagedkv.attention.decode import decode, decode_with_sums, takes
 
 if TYPE_CHECKING:
@@ -217,6 +217,7 @@ def _attend(
         out, sums = flash(q, k, v, 0.0, is_causal, scale=call.scale)
         sums = sums.float().reshape(heads, group, num)
         return out.float().reshape(heads, group, num, dim), sums
+    q, k, v = widened(q, k, v)
     scores = (q.reshape(heads, group * num, dim) @ k[:, 0].transpose(-1, -2)).float() * call.scale
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from pagedkv.cache import KVCache
     from pagedkv.step import Step
 
-__all__ = ["Backend", "Call", "equal_counts", "installed", "kernel_refusal", "window_pair"]
+__all__ = [
+    "Backend",
+    "Call",
+    "equal_counts",
+    "installed",
+    "kernel_refusal",
+    "widened",
+    "window_pair",
+]
 
 
 class Call(NamedTuple):
@@ -85,6 +93,15 @@ def kernel_refusal(
 def window_pair(window: int | None) -> tuple[int, int]:
     """How flash kernels say what a token sees: so many before it, and none behind."""
     return (-1 if window is None else window - 1, 0)
+
+
+def widened(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """On a CPU in float32, before products are written out.
+
+    torch's products of narrower types take many times as long on processors that have no
+    instructions for them.
+    """
+    return tuple(t.float() if t.device.type == "cpu" and t.itemsize < 4 else t for t in tensors)
 
 
 def equal_counts(plan: StepPlan) -> Iterator[tuple[int, int, int]]:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pagedkv.attention.call import widened
+
 if TYPE_CHECKING:
     from pagedkv.attention.call import Call
     from pagedkv.cache import KVCache
@@ -120,11 +122,12 @@ def dense(
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    group = q.shape[1] // k.shape[1]
+    dtype, group = q.dtype, q.shape[1] // k.shape[1]
+    q, k, v = widened(q, k, v)
     scores = q.unflatten(1, (-1, group)).flatten(2, 3) @ k.transpose(-1, -2)
     weights = _weights(scores.unflatten(2, (group, -1)).flatten(1, 2), scale, softcap, mask)
     found = weights.unflatten(1, (-1, group)).flatten(2, 3) @ v
-    return found.reshape(q.shape[0], q.shape[1], q.shape[2], -1)
+    return found.reshape(q.shape[0], q.shape[1], q.shape[2], -1).to(dtype)
 
 
 def _weights(
@@ -160,6 +163,7 @@ def _shared(
     k_tail, v_tail = kv.gather_blocks(layer, tables, shared, tails, longest - num_shared, part=1)
     if k_run.dtype != q.dtype:
         k_run, v_run, k_tail, v_tail = (t.to(q.dtype) for t in (k_run, v_run, k_tail, v_tail))
+    q, k_run, v_run, k_tail, v_tail = widened(q, k_run, v_run, k_tail, v_tail)
     n, num_heads = q.shape[0], k_run.shape[1]
     grouped = q.reshape(n, num_heads, -1, q.shape[-1])  # [n, H, G, D]
     together = grouped.transpose(0, 1).flatten(1, 2)  # [H, n * G, D]
