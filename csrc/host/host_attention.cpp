@@ -62,7 +62,6 @@ Pieces pieces_of(const RowShape& shape, const TableView& table,
     most = (most / kPart + 1) * kPart;
   }
 
-  std::size_t num_partial = 0;
   for (std::int64_t b = 0; b < table.num_rows; ++b) {
     const std::int64_t length = std::min<std::int64_t>(seq_lens[static_cast<std::size_t>(b)],
                                                        table.width * shape.block_size);
@@ -75,18 +74,17 @@ Pieces pieces_of(const RowShape& shape, const TableView& table,
         .sums = rows.sums == nullptr ? nullptr : rows.sums + b * num_heads,
     };
     pieces.begins.push_back(pieces.list.size());
-    if (length - row.first > most) {
-      row.outputs = row.sums = nullptr;  // for now
-      for (; length - row.first > most; row.first += most, ++num_partial) {
-        pieces.list.push_back(row);
-        pieces.list.back().end = row.first + most;
-      }
-      ++num_partial;
+    if (length - row.first > most) row.outputs = nullptr;  // its pieces get their own, below
+    for (; length - row.first > most; row.first += most) {
+      pieces.list.push_back(row);
+      pieces.list.back().end = row.first + most;
     }
     pieces.list.push_back(row);
   }
   pieces.begins.push_back(pieces.list.size());
 
+  const auto num_partial = static_cast<std::size_t>(std::ranges::count_if(
+      pieces.list, [](const Row& piece) { return piece.outputs == nullptr; }));
   pieces.outputs.resize(num_partial * static_cast<std::size_t>(num_heads * shape.v_dim));
   pieces.sums.resize(num_partial * static_cast<std::size_t>(num_heads));
   float *outputs = pieces.outputs.data(), *sums = pieces.sums.data();
