@@ -51,7 +51,6 @@ MAX_FUNCTION_LINES = 70
 # What is over the limit, and how far. These numbers only go down.
 FILE_RATCHET = {
     "python/pagedkv/_core.pyi": 600,  # a module has one stub
-    "python/pagedkv/integrations/transformers.py": 420,
 }
 FUNCTION_RATCHET = {
     "csrc/bindings/manager.cpp bind_manager": 144,

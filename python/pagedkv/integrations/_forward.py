@@ -1,20 +1,16 @@
-"""What a PagedCache changes in one forward pass of a model, and puts back after it.
+"""One forward of a model on a PagedCache: how far it is, and the shapes of what goes through it.
 
-Equal prompt rows are folded into one, since generate() repeats a prompt for each beam, and the
-attention function becomes the one that reads blocks.
+Equal prompt rows are folded into one, since generate() repeats a prompt for each beam.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from threading import Lock, get_ident
 from typing import Any
 
 import torch
 
-from pagedkv.integrations._attention import ATTENTION, attends_paged
 from pagedkv.integrations._rows import OpenStep
 
 # The inputs that have one row per sequence. A forward with any other tensor is not folded.
@@ -96,68 +92,3 @@ def by_token(states: torch.Tensor) -> torch.Tensor:
     """[B, H, Q, D] as [B * Q, H, D]: the rows' tokens one after the other."""
     one = states.shape[2] == 1
     return states.squeeze(2) if one else states.transpose(1, 2).flatten(0, 1)
-
-
-def by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The arguments of a module's forward, all that can be as keywords: (args, kwargs)."""
-    if not args:
-        return args, kwargs
-    named = {}
-    for value, parameter in zip(
-        args, inspect.signature(module.forward).parameters.values(), strict=False
-    ):
-        if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
-            break
-        named[parameter.name] = value
-    if named.keys() & kwargs.keys():
-        return args, kwargs  # which the model will refuse
-    return args[len(named) :], {**named, **kwargs}
-
-
-def wants_more(module: torch.nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether a forward wants more than paged attention has: gradients, or its weights."""
-    weights = inputs.get("output_attentions")
-    if weights is None:
-        weights = getattr(module.config, "output_attentions", False)
-    return bool(weights) or torch.is_grad_enabled()
-
-
-class AttentionSwitch:
-    """Sets the attention function of a model's layers, for the length of forwards.
-
-    Several threads may be in a forward of the model: it is put back when none is any more. One that
-    was interrupted, so that nobody heard of its end, ends with the next one of its thread. Forwards
-    of other caches in other threads see it meanwhile: so the model has to be one of "sdpa", whose
-    masks are the same.
-
-    `attends_paged`: whether the layers would ask the one that it sets.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.attends_paged = attends_paged(model)
-        found = {id(model.config): model.config}
-        for module in model.modules():
-            if hasattr(module, "layer_idx") and hasattr(module, "config"):
-                found[id(module.config)] = module.config
-        self._configs = list(found.values())
-        self._before: list[str | None] = []
-        self._threads: set[int] = set()  # that are in a forward
-        self._lock = Lock()
-
-    def on(self) -> None:
-        with self._lock:
-            if not self._threads:
-                self._before = [config._attn_implementation_internal for config in self._configs]
-            self._threads.add(get_ident())
-            for config in self._configs:
-                config._attn_implementation_internal = ATTENTION
-
-    def off(self) -> None:
-        if get_ident() not in self._threads:
-            return
-        with self._lock:
-            self._threads.discard(get_ident())
-            if self._threads:
-                return
-            for config, before in zip(self._configs, self._before, strict=True):
-                config._attn_implementation_internal = before

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
-from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -25,15 +23,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pagedkv.cache import KVCache
 from pagedkv.errors import InvalidState
-from pagedkv.integrations._forward import (
-    AttentionSwitch,
-    Forward,
-    by_name,
-    by_token,
-    fold_rows,
-    unfold_rows,
-    wants_more,
-)
+from pagedkv.integrations._attach import Attached, attach
+from pagedkv.integrations._forward import Forward, by_token, fold_rows, unfold_rows
 from pagedkv.integrations._rows import CacheStats, Rows
 from pagedkv.spec import KVSpec
 from pagedkv.transfers import Transfer
@@ -46,7 +37,7 @@ __all__ = ["CacheStats", "PagedCache", "attach"]
 _MAX_PAGED_QUERIES = 16
 
 
-class PagedCache(Cache):
+class PagedCache(Cache, Attached):
     """The rows of one generate() call at a time, in blocks of `kv`.
 
     Args:
@@ -99,10 +90,8 @@ class PagedCache(Cache):
             max_model_len=2 * max(num_tokens, 1),  # so that blocks run out, not lengths
             layout="layer_major",  # neighbouring blocks of a layer are one run of memory
         )
-        attach(model)
-        if paged_attention is None:
-            paged_attention = _switches[model].attends_paged
-        cache = cls(kv, paged_attention=paged_attention)
+        can_attend = attach(model)
+        cache = cls(kv, paged_attention=can_attend if paged_attention is None else paged_attention)
         cache._owns_kv = True
         return cache
 
@@ -318,7 +307,9 @@ class PagedCache(Cache):
 
     # -- what the hooks on an attached model call ------------------------------------------------
 
-    def _begin_forward(self, inputs: dict[str, Any], wants_more: bool = False) -> dict[str, Any]:
+    def _begin_forward(
+        self, inputs: dict[str, Any], wants_more: bool
+    ) -> tuple[dict[str, Any], bool]:
         """Fold the rows of a forward, and choose how it attends."""
         self._rows.rollback()
         forward = self._forward = Forward(attached=True)
@@ -332,7 +323,7 @@ class PagedCache(Cache):
         has_past = self._paged_attention and self._rows.length > 0
         few = new is not None and new.shape[1] <= _MAX_PAGED_QUERIES
         forward.paged_attention = has_past and few and not wants_more
-        return inputs
+        return inputs, forward.paged_attention
 
     def _end_forward(self, output: Any) -> Any:
         """Commit and unfold. `output` is None if the forward raised; then nothing has happened."""
@@ -380,41 +371,3 @@ class PagedCache(Cache):
             layer, by_token(query), step, scale=scale, softcap=softcap, attn_mask=mask
         )
         return output.unflatten(0, (batch, num_new)) if num_new > 1 else output.unsqueeze(1)
-
-
-_attaching = Lock()
-_switches: WeakKeyDictionary[torch.nn.Module, AttentionSwitch] = WeakKeyDictionary()
-
-
-def attach(model: Any) -> None:
-    """Hook `model`, once, so that its forwards tell a PagedCache their tokens and fold rows."""
-    with _attaching:
-        if model in _switches:
-            return
-        _switches[model] = AttentionSwitch(model)
-        if _before not in model._forward_pre_hooks.values():  # as in a copy of an attached one
-            model.register_forward_pre_hook(_before, with_kwargs=True)
-            model.register_forward_hook(_after, with_kwargs=True, always_call=True)
-
-
-def _before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    switch = _switches.get(module)
-    if switch is None:
-        return None
-    switch.off()  # of a forward that was interrupted
-    args, kwargs = by_name(module, args, kwargs)
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, PagedCache):
-        return None
-    kwargs = cache._begin_forward(kwargs, wants_more(module, kwargs))
-    if cache._forward.paged_attention:
-        switch.on()
-    return args, kwargs
-
-
-def _after(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    cache, switch = kwargs.get("past_key_values"), _switches.get(module)
-    if switch is None or not isinstance(cache, PagedCache):
-        return None
-    switch.off()
-    return cache._end_forward(output)
