@@ -80,6 +80,7 @@ CACHES = (
 )
 END_TO_END = {
     "greedy": ("generate, greedy", "256 + 16 tokens of SmolLM2-135M"),
+    "greedy_1k": ("generate, greedy 1k", "1024 + 32 tokens of SmolLM2-135M"),
     "beams": ("generate, 8 beams", "256 + 16 tokens of SmolLM2-135M"),
 }
 

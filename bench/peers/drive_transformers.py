@@ -55,6 +55,10 @@ def continuous(model: Any, prompt: torch.Tensor, config: Any) -> list[int]:
     return ids + list(result.generated_tokens)
 
 
+# Tokens of a prompt, new tokens, beams, generations that are timed. Beams take seconds, and differ by
+# more.
+SIZES = {"greedy": (256, 16, 1, 5), "greedy_1k": (1024, 32, 1, 3), "beams": (256, 16, 8, 1)}
+
 CACHES: dict[str, Callable[[Any, torch.Tensor, Any], list[int]]] = {
     "dense": dense,
     "paged": paged,
@@ -64,24 +68,25 @@ CACHES: dict[str, Callable[[Any, torch.Tensor, Any], list[int]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("workload", choices=["greedy", "beams"])
+    parser.add_argument("workload", choices=list(SIZES))
     parser.add_argument("--size", choices=["full", "small"], default="full")
     parser.add_argument("--cache", choices=list(CACHES), required=True)
     parser.add_argument("--model", required=True)
     options = parser.parse_args()
-    if options.cache == "continuous" and options.workload == "beams":
+    length, new, num_beams, rounds = SIZES[options.workload]
+    if options.size == "small":
+        length, new, rounds = 24, 4, 1
+    if options.cache == "continuous" and num_beams > 1:
         print(json.dumps({"cannot": NO_BEAMS}))
         return
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    length, new, rounds = (256, 16, 5) if options.size == "full" else (24, 4, 1)
-    rounds = rounds if options.workload == "greedy" else 1  # beams take seconds, and differ by more
     config = GenerationConfig(
         max_new_tokens=new,
-        min_new_tokens=None if options.workload == "greedy" else new,
-        num_beams=8 if options.workload == "beams" else 1,
+        min_new_tokens=new if num_beams > 1 else None,
+        num_beams=num_beams,
         do_sample=False,
         eos_token_id=-1,
         pad_token_id=0,

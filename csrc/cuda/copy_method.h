@@ -37,7 +37,7 @@ class CopyMethods {
       std::size_t{1} << 20};
   static constexpr std::array<std::size_t, 3> kNumPieces{2, 16, 128};
 
-  // Whether this driver has a call for a batch, and kernels can reach pinned host memory.
+  // Whether there is a call for a batch, and kernels can reach pinned host memory.
   explicit CopyMethods(bool has_batch, bool has_kernel = true);
 
   // For pieces that make up `num_host_ranges` contiguous ranges of host memory.

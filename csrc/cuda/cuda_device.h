@@ -120,7 +120,7 @@ class CudaDevice final : public Device {
   PinnedMemory* find_host(const std::byte* address) const;
   bool is_capturing();
   Prepared prepare(std::span<const CopyRun> runs);
-  bool can_batch(CudaStream stream);
+  bool can_batch(CudaStream stream) const;
   void copy_by(CopyMethod method, CudaStream stream, Direction direction,
                std::span<const CopyRun> sorted);
   void copy_by_batch(CudaStream stream, std::span<const CopyRun> runs);
@@ -146,6 +146,7 @@ class CudaDevice final : public Device {
   std::unique_ptr<UploadRing> ring_;           // of steps
   std::unique_ptr<UploadRing> transfer_ring_;  // of transfers, which no step has to wait for
   CopyMethods methods_;
+  bool has_batch_ = false;
   std::string lost_;  // why, once it is
   bool closed_ = false;
   std::atomic<std::int64_t> num_host_waits_ = 0;

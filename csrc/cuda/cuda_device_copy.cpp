@@ -76,9 +76,7 @@ void CudaDevice::copy(Stream stream, std::span<const CopyRun> runs) {
 }
 
 // CUDA refuses batched copies on the legacy default stream.
-bool CudaDevice::can_batch(CudaStream stream) {
-  return runtime_->has_copy_batch() && !is_legacy(stream);
-}
+bool CudaDevice::can_batch(CudaStream stream) const { return has_batch_ && !is_legacy(stream); }
 
 void CudaDevice::copy_by(CopyMethod method, CudaStream stream, Direction direction,
                          std::span<const CopyRun> sorted) {

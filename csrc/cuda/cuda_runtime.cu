@@ -124,7 +124,7 @@ int RealRuntime::free(void* memory) {
   const WhileOthersCapture relaxed;
   return cudaFree(memory);
 }
-bool RealRuntime::kernels_reach_host() {
+bool RealRuntime::reaches_host() {
   int device = 0, reach = 0;
   const bool known = cudaGetDevice(&device) == cudaSuccess &&
                      cudaDeviceGetAttribute(&reach, cudaDevAttrCanUseHostPointerForRegisteredMem,

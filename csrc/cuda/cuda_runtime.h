@@ -37,7 +37,7 @@ class RealRuntime final : public CudaRuntime {
 
   int allocate(void** memory, std::size_t bytes) override;
   int free(void* memory) override;
-  bool kernels_reach_host() override;
+  bool reaches_host() override;
   int register_host(void* memory, std::size_t bytes) override;
   int unregister_host(void* memory) override;
 

@@ -52,16 +52,17 @@ class CudaRuntime {
   virtual int elapsed(CudaEvent first, CudaEvent second, float* milliseconds) = 0;
 
   virtual int copy(void* target, const void* source, std::size_t bytes, CudaStream stream) = 0;
-  // Copies without an order among themselves. Not on the legacy stream.
+  // Copies without an order among themselves. Not on the legacy stream, and only where
+  // reaches_host(): for others CUDA ends in an illegal address.
   virtual bool has_copy_batch() = 0;
   virtual int copy_batch(void** targets, const void** sources, std::size_t* bytes,
                          std::size_t count, CudaStream stream) = 0;
 
   virtual int allocate(void** memory, std::size_t bytes) = 0;  // on the device
   virtual int free(void* memory) = 0;
+  // Whether the current device reaches pinned memory at the host's own addresses.
+  virtual bool reaches_host() = 0;
   // Pinned, for all devices. Called from helper threads, too.
-  // Whether kernels of the current device reach pinned memory at the host's own addresses.
-  virtual bool kernels_reach_host() = 0;
   virtual int register_host(void* memory, std::size_t bytes) = 0;
   virtual int unregister_host(void* memory) = 0;
 

@@ -310,6 +310,12 @@ int SimulatedRuntime::copy_batch(void** targets, const void** sources, std::size
     runs.push_back(
         {static_cast<std::byte*>(targets[i]), static_cast<const std::byte*>(sources[i]), bytes[i]});
   }
+  if (!reaches_host_) {  // as CUDA does, which finds out when it copies
+    const std::lock_guard lock(mutex_);
+    sticky_ = kIllegalAddress;
+    machine_.lose();
+    return kSuccess;
+  }
   machine_.copy(lane_of(stream), runs);
   return kSuccess;
 }

@@ -30,7 +30,7 @@ class SimulatedRuntime final : public CudaRuntime {
   void fail(const std::string& function, int code, int k = 1);
   // Bytes of host memory that may be pinned.
   void limit_registered(std::size_t bytes) { most_registered_ = bytes; }
-  void hide_host() { reaches_host_ = false; }  // from kernels
+  void hide_host() { reaches_host_ = false; }  // pinned memory has other addresses on the device
   // From now on this stream is, or is not, being captured into a graph: to ask for events, to wait
   // and to copy is an error then, although CUDA would make some of it a part of the graph. Kernels
   // run as ever.
@@ -68,7 +68,7 @@ class SimulatedRuntime final : public CudaRuntime {
                  CudaStream stream) override;
   int allocate(void** memory, std::size_t bytes) override;
   int free(void* memory) override;
-  bool kernels_reach_host() override { return reaches_host_; }
+  bool reaches_host() override { return reaches_host_; }
   int register_host(void* memory, std::size_t bytes) override;
   int unregister_host(void* memory) override;
   int launch(const CopyBlocks& kernel, CudaStream stream) override;

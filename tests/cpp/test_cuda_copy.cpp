@@ -195,16 +195,25 @@ TEST_CASE("a method that is refused, or cannot reach the memory, is not chosen")
   CHECK(contains(message([&] { w.device->calibrate(); }), "restart"));
 }
 
-TEST_CASE("where kernels cannot reach the host, they are not asked to") {
+TEST_CASE("where the device cannot reach the host, neither kernel nor batch is asked to") {
   auto runtime = std::make_shared<SimulatedRuntime>(SimulatedOptions{.schedule = Schedule::eager});
   runtime->hide_host();
   CudaDevice device(runtime, kSmall);
   CHECK_THROWS_AS(device.methods().always(CopyMethod::kernel), InvalidSpec);
-  device.methods().always(CopyMethod::batch);
+  CHECK_THROWS_AS(device.methods().always(CopyMethod::batch), InvalidSpec);
   device.calibrate();
-  device.methods().always(std::nullopt);
   CHECK(!contains(device.methods().table(), "kernel  "));  // but staging is inside the device
+  device.methods().always(CopyMethod::staged);
+  std::byte* const host = device.allocate_host(4096);
+  std::vector<std::byte> memory(4096, std::byte{7});
+  const Stream stream = device.make_stream();
+  device.copy(stream, std::vector<CopyRun>{{host, memory.data(), 16},
+                                           {host + 64, memory.data() + 64, 16}});
+  const Event end = device.record(stream);
+  CHECK(device.wait(end) == Status::done);
+  CHECK(host[64 + 15] == std::byte{7});
   device.close();
+  device.free_host(host, 4096);
 }
 
 TEST_CASE("memory that a transfer needs is pinned before its time begins") {

@@ -157,6 +157,31 @@ def test_flex_compiled_reads_the_blocks_that_its_mask_lists(
         w.check("flex", w.new([30, 5]), [150, 150], window=window)
 
 
+def test_flex_stays_compiled_however_many_variants_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch's own limit is 8, behind which it goes on uncompiled: with a warning, which fails."""
+    num_compiled = 0
+
+    def count(graph: Any, inputs: Any) -> Any:
+        nonlocal num_compiled
+        num_compiled += 1
+        return graph
+
+    compiled = flex.compile_kernel(backend=count)
+    monkeypatch.setattr(flex, "kernel", lambda on_gpu: compiled)
+    for dtype in ("float32", "bfloat16"):
+        with world(dtype=dtype) as w:
+            for pool in w.kv.read(0):
+                pool.zero_()  # `count` has all of it computed
+            ids = w.new([30, 5])
+            for options in ({}, {"window": 7}, {"softcap": 2.0}):
+                for batch, counts in ((ids, [1, 1]), (ids[:1], [1]), (ids, [3, 3])):
+                    if num_compiled <= 8:
+                        w.check("flex", batch, counts, **options)
+    assert num_compiled > 8
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_of_one_token_are_read_off_their_blocks(
     monkeypatch: pytest.MonkeyPatch, dtype: str

@@ -110,11 +110,23 @@ def fake_flash_attn_varlen_func(
     return over_blocks(q, k, v, starts, tables, lens, **options)
 
 
+class FakeEvent:
+    """What is behind it was not read before somebody waited."""
+
+    def __init__(self) -> None:
+        self.waited = False
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
 class FakeWrapper:
     """FlashInfer's BatchPrefillWithPagedKVCacheWrapper, NHD."""
 
     num_made = 0
     num_plans = 0
+    planned: FakeWrapper | None = None  # the last one
+    event: FakeEvent | None = None  # behind its last plan
 
     def __init__(self, float_workspace_buffer: Tensor, kv_layout: str) -> None:
         assert float_workspace_buffer.dtype == torch.uint8
@@ -128,6 +140,8 @@ class FakeWrapper:
         logits_soft_cap: float | None, q_data_type: Any, kv_data_type: Any,
     ) -> None:  # fmt: skip
         FakeWrapper.num_plans += 1
+        assert self.event is None or self.event.waited  # its plan's copy has been read
+        FakeWrapper.planned, self.event = self, None
         assert causal
         rows = len(paged_kv_last_page_len)
         self.starts, ends = ints(qo_indptr, rows + 1), ints(paged_kv_indptr, rows + 1)
@@ -150,6 +164,12 @@ class FakeWrapper:
         return over_blocks(q, k, v, self.starts, self.tables, self.lens, **self.options)
 
 
+def mark(device: Any) -> FakeEvent:
+    assert FakeWrapper.planned is not None
+    FakeWrapper.planned.event = event = FakeEvent()
+    return event
+
+
 @pytest.fixture
 def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The backend's name, its kernels replaced, and the rest of what it asks for as if met."""
@@ -169,6 +189,8 @@ def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             lambda n: SimpleNamespace(**packages[n]) if n in packages else "is not installed",
         )
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_varlen_attn)
+    monkeypatch.setattr(varlen, "_takes_tables", lambda: True)
+    monkeypatch.setattr(flashinfer, "_mark", mark)
     monkeypatch.setattr(FakeWrapper, "num_made", 0)
     monkeypatch.setattr(FakeWrapper, "num_plans", 0)
     return name.split()[0]
@@ -227,7 +249,10 @@ def test_flashinfer_plans_once_for_layers_of_a_kind(stand_in: str) -> None:
             for found, window in ((one, None), (other, 3)):
                 expected = w.expected(ids, [1, 1], q, window=window)
                 torch.testing.assert_close(found.double(), expected, atol=5e-3, rtol=5e-3)
-        assert (FakeWrapper.num_made, FakeWrapper.num_plans) == (2, 4)
+        assert (FakeWrapper.num_made, FakeWrapper.num_plans) == (4, 4)  # two take turns
+        for _ in range(3):
+            w.step(ids, [1, 1], lambda q, s: BACKENDS["flashinfer"].attend(w.kv, call(w, q), s))
+        assert (FakeWrapper.num_made, FakeWrapper.num_plans) == (4, 7)
         assert w.kv.backend_memory
     assert not w.kv.backend_memory  # closed
 
@@ -304,6 +329,17 @@ def test_torch_s_own_kernels_take_no_block_table(monkeypatch: pytest.MonkeyPatch
         assert "activate_flash_attention_impl" in str(varlen.refusal(w.kv, call(w, q)))
 
 
+def test_a_torch_without_block_tables_is_told_from_one_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert varlen._takes_tables.__wrapped__()
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda query, key, value: None)
+    assert not varlen._takes_tables.__wrapped__()
+    monkeypatch.setattr(varlen, "_takes_tables", lambda: False)
+    with world("float16") as w:
+        assert "needs torch 2.13" in str(varlen.refusal(w.kv, call(w, w.randn(1, 4, 64))))
+
+
 @pytest.fixture
 def _kernels(name: str) -> Iterator[None]:
     """torch told to use kernels that take block tables, if they are installed."""
@@ -327,6 +363,7 @@ def test_on_a_gpu_it_is_dense_attention(
     name: str, layout: str, dtype: str, options: dict[str, Any]
 ) -> None:
     size = 256 if name == "flash_attn" else 16
+    torch._dynamo.reset()  # variants of "flex" that others have compiled
     with world(dtype, layout, size, device="cuda:0") as w:
         ids = w.new([3 * size + 5, size, 7])
         try:

@@ -1,11 +1,14 @@
 """FlashInfer, if it is installed: its prefill over blocks, which does decode and mixes of both.
 
 It plans on the host, once for each step and kind of layer, by lengths alone, which the host has;
-the blocks, step.csr(), stay on the device.
+the blocks, step.csr(), stay on the device. What a plan copies to the device lies in pinned memory of
+its wrapper, which the next plan fills anew: so two wrappers take turns, and the host waits for the
+copy of the step before the last.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,12 +63,13 @@ def _planned(kv: KVCache, call: Call, step: Step, key: object) -> Any:
     memory, layer, size = kv.backend_memory, kv.spec.layers[call.layer], kv.spec.block_size
     if "flashinfer" not in memory:  # one for all: its kernels run one after the other
         memory["flashinfer"] = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=kv.device)
-    if ("flashinfer", key) not in memory:
+    turn = ("flashinfer", key, step.plan.step % 2)
+    if turn not in memory:
         package: Any = installed("flashinfer")
-        memory["flashinfer", key] = package.BatchPrefillWithPagedKVCacheWrapper(
-            memory["flashinfer"], "NHD"
+        memory[turn] = _Turn(
+            package.BatchPrefillWithPagedKVCacheWrapper(memory["flashinfer"], "NHD")
         )
-    wrapper = memory["flashinfer", key]
+    wrapper = memory[turn].begin()
     lens = torch.from_numpy(step.plan.seq_lens)
     num_blocks = (lens + size - 1) // size
     wrapper.plan(
@@ -84,4 +88,23 @@ def _planned(kv: KVCache, call: Call, step: Step, key: object) -> Any:
         q_data_type=call.q.dtype,
         kv_data_type=kv.k(call.layer).dtype,
     )
+    memory[turn].copied = _mark(kv.device)
     return wrapper
+
+
+@dataclass
+class _Turn:
+    """A wrapper, and when what its last plan copies has been read."""
+
+    wrapper: Any
+    copied: torch.cuda.Event | None = None
+
+    def begin(self) -> Any:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.wrapper
+
+
+def _mark(device: torch.device) -> torch.cuda.Event:
+    """The end of what is queued."""
+    return torch.cuda.current_stream(device).record_event()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["attend", "refusal"]
 
 QUERY_TILE = 128  # queries that share one list of blocks
+MOST_VARIANTS = 64  # of the compiled kernel
 
 
 def refusal(kv: KVCache, call: Call) -> str | None:
@@ -83,8 +85,7 @@ def kernel(compiled: bool) -> Callable[..., torch.Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     if compiled:
-        compiled_kernel: Callable[..., torch.Tensor] = torch.compile(flex_attention)
-        return compiled_kernel
+        return compile_kernel()
 
     def uncompiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
         v = v.nan_to_num(0, 0, 0)  # the whole pool is read
@@ -93,6 +94,20 @@ def kernel(compiled: bool) -> Callable[..., torch.Tensor]:
             return flex_attention(q, k, v, **options)
 
     return uncompiled
+
+
+def compile_kernel(**options: Any) -> Callable[..., torch.Tensor]:
+    """FlexAttention, compiled with these options of torch.compile(), and never run uncompiled.
+
+    Uncompiled it computes the scores of the whole pool: torch goes on so, with a warning, behind a
+    limit of 8 variants (a window or none, a softcap or none, one row or more, one new token or more).
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if "recompile_limit" in signature(torch.compile).parameters:  # from torch 2.13 on
+        options["recompile_limit"] = MOST_VARIANTS
+    compiled: Callable[..., torch.Tensor] = torch.compile(flex_attention, fullgraph=True, **options)
+    return compiled
 
 
 def _score_mod(softcap: float | None) -> Callable[..., torch.Tensor] | None:

@@ -5,6 +5,8 @@ Its kernels over blocks are FlashAttention 3 or 4, which torch has to be told to
 
 from __future__ import annotations
 
+from functools import cache
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,13 +22,12 @@ __all__ = ["attend", "refusal"]
 
 
 def refusal(kv: KVCache, call: Call) -> str | None:
-    try:
-        from torch.nn.attention import current_flash_attention_impl
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
-    except ImportError:
+    if not _takes_tables():
         return (
             f"needs torch 2.13, whose varlen_attn takes block tables: this is {torch.__version__}"
         )
+    from torch.nn.attention import current_flash_attention_impl
+
     reason = kernel_refusal(kv, call, softcap=False)
     if reason is None and current_flash_attention_impl() is None:
         return (
@@ -34,6 +35,16 @@ def refusal(kv: KVCache, call: Call) -> str | None:
             'torch.nn.attention.activate_flash_attention_impl("FA3"), or "FA4"'
         )
     return reason
+
+
+@cache
+def _takes_tables() -> bool:
+    try:
+        from torch.nn.attention import current_flash_attention_impl  # noqa: F401
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "block_table" in signature(varlen_attn).parameters
 
 
 def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
