@@ -55,8 +55,7 @@ def continuous(model: Any, prompt: torch.Tensor, config: Any) -> list[int]:
     return ids + list(result.generated_tokens)
 
 
-# Tokens of a prompt, new tokens, beams, generations that are timed. Beams take seconds, and differ by
-# more.
+# Tokens of a prompt, new tokens, beams, and generations that are timed.
 SIZES = {"greedy": (256, 16, 1, 5), "greedy_1k": (1024, 32, 1, 3), "beams": (256, 16, 8, 1)}
 
 CACHES: dict[str, Callable[[Any, torch.Tensor, Any], list[int]]] = {

@@ -99,6 +99,7 @@ void bind_device(py::module_& m) {
            })
       .def("copy_methods", [](CudaDevice& self) { return self.methods().table(); })
       .def_property_readonly("index", &CudaDevice::index)
+      .def_property_readonly("is_capturing", &CudaDevice::is_capturing)
       .def_property_readonly("is_simulated",
                              [](CudaDevice& self) {
                                return dynamic_cast<SimulatedRuntime*>(&self.runtime()) != nullptr;
@@ -153,6 +154,12 @@ void bind_simulated(py::module_& m) {
              if (self.create_stream(&stream) != 0) throw DeviceError("no stream");
              return reinterpret_cast<std::uintptr_t>(stream);
            })
+      .def(
+          "capture",
+          [](SimulatedRuntime& self, std::uintptr_t stream, bool capturing) {
+            self.capture(stream_of(stream), capturing);
+          },
+          py::arg("stream"), py::arg("capturing"))
       .def("num_calls", &SimulatedRuntime::num_calls, py::arg("function"))
       .def("hold_next", [](SimulatedRuntime& self) { self.machine().hold_next(); })
       .def(

@@ -63,14 +63,12 @@ void step(PyEngine& self, const StepPlanHandle& plan) {
   enter_long(self, [&](TransferEngine& engine) { engine.step(wait_for); });
 }
 
-py::list poll(PyEngine& self) {
-  py::list all;
+void poll(PyEngine& self, py::list told) {
   for (const auto& ended : enter(self, [](TransferEngine& engine) { return engine.poll(); })) {
-    all.append(py::make_tuple(static_cast<std::int64_t>(ended.id),
-                              ended.failed ? py::object(py::str(ended.why)) : py::none(),
-                              ended.seconds));
+    told.append(py::make_tuple(static_cast<std::int64_t>(ended.id),
+                               ended.failed ? py::object(py::str(ended.why)) : py::none(),
+                               ended.seconds));
   }
-  return all;
 }
 
 TransferId id_of(std::int64_t transfer) { return TransferId{transfer}; }
@@ -93,8 +91,8 @@ void bind_engine_class(py::module_& m) {
       .def(
           "follow", [](PyEngine& self) { enter(self, [](TransferEngine& e) { e.follow(); }); },
           "Make the caller's stream continue the one that he was on before.")
-      .def("poll", &poll,
-           "What has ended since: (id, why it failed or None, seconds that it copied) of each.")
+      .def("poll", &poll, py::arg("told"),
+           "Appends what has ended since: (id, why it failed or None, seconds that it copied).")
       .def(
           "wait",
           [](PyEngine& self, std::int64_t transfer) {

@@ -184,11 +184,14 @@ void bind_manager(py::module_& m) {
           "Close the step and publish its full blocks; lengths[b] keeps only that much of row b.");
   cls.def(
       "rollback",
-      [](const PyManager& self, const StepPlanHandle& plan) {
-        require_own(self, plan);
-        enter(*self.state, [&](BlockManager& core) { core.rollback(plan.step); });
+      [](const PyManager& self, const StepPlanHandle* plan) {
+        if (plan != nullptr) require_own(self, *plan);
+        enter(*self.state, [&](BlockManager& core) {
+          const std::int64_t step = plan != nullptr ? plan->step : core.open_step();
+          if (step != 0) core.rollback(step);
+        });
       },
-      py::arg("plan"), "Close the step as if it had not been.");
+      py::arg("plan") = py::none(), "Close the step, or the open one, as if it had not been.");
   cls.def(
       "record",
       [](const PyManager& self, const py::object& ids, const py::object& tokens,

@@ -138,6 +138,12 @@ void bind_swap(py::class_<PyManager>& cls) {
                      [&](BlockManager& core) { return core.abort(transfer_argument(transfer)); });
       },
       py::arg("transfer"), "The copies of a transfer have ended and count for nothing.");
+  cls.def(
+      "transfers",
+      [](const PyManager& self) {
+        return ids_of(enter(*self.state, [](BlockManager& core) { return core.transfers(); }));
+      },
+      "Those planned that have not ended, by ascending id.");
   cls.def("drop", apply(&BlockManager::drop), py::arg("ids"),
           "Give up the paths of sequences, which remember their tokens: to be recomputed.");
   cls.def("restore", apply(&BlockManager::restore), py::arg("ids"),

@@ -75,6 +75,7 @@ class BlockManager {
   void commit(std::int64_t step, std::span<const std::int64_t> lengths, bool has_lengths);
   void rollback(std::int64_t step);
   const StepPlan& plan() const { return plan_; }
+  std::int64_t open_step() const { return open_ ? plan_.step : 0; }  // its number; 0: there is none
   void record(std::span<const SequenceId> ids, std::span<const Token> tokens,
               std::span<const std::int64_t> counts);
 
@@ -86,6 +87,8 @@ class BlockManager {
   void complete(TransferId transfer);  // all its copies have ended
   Aborted abort(
       TransferId transfer);  // they have ended, or will never begin, and count for nothing
+
+  std::vector<TransferId> transfers() const;  // planned and not ended, by ascending id
 
   // --- recomputation. A dropped sequence gives up its path and remembers its tokens; restored, it
   // holds what is still a prefix hit of them.

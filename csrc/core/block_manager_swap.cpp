@@ -148,6 +148,12 @@ void BlockManager::complete(TransferId id) {
   transfers_.close(id);
 }
 
+std::vector<TransferId> BlockManager::transfers() const {
+  std::vector<TransferId> ids;
+  for (const TransferTable::Transfer& transfer : transfers_.transfers()) ids.push_back(transfer.id);
+  return ids;
+}
+
 Aborted BlockManager::abort(TransferId id) {
   require_no_open_step();
   require_may_end(id);

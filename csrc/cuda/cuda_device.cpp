@@ -73,10 +73,13 @@ void CudaDevice::check_open() const {
 
 // An event in a capture is a part of the graph, and asking for one that is not breaks the capture.
 bool CudaDevice::is_capturing() {
-  const Guard guard(*this);  // the legacy stream is the current device's
+  if (!is_open()) return false;
+  const Guard guard(*this, std::nothrow);  // the legacy stream is the current device's
   bool capturing = false;
-  check(runtime_->is_capturing(stream_, &capturing), "cudaStreamIsCapturing");
-  return capturing;
+  const int code = runtime_->is_capturing(stream_, &capturing);
+  if (!is_sticky(code)) check(code, "cudaStreamIsCapturing");
+  note_if_lost(code, "cudaStreamIsCapturing");  // whose next call tells
+  return capturing && is_open();
 }
 
 void CudaDevice::check_not_capturing() {

@@ -51,6 +51,7 @@ class CudaDevice final : public Device {
   // DeviceError if it is another device's.
   void use_stream(CudaStream stream);
 
+  bool is_capturing();  // the caller's stream, into a graph
   Stream compute_stream() override;
   Stream make_stream() override;
   void prepare_memory(std::span<const CopyRun> runs) override;
@@ -118,7 +119,6 @@ class CudaDevice final : public Device {
 
   EventState& find(Event event);
   PinnedMemory* find_host(const std::byte* address) const;
-  bool is_capturing();
   Prepared prepare(std::span<const CopyRun> runs);
   bool can_batch(CudaStream stream) const;
   void copy_by(CopyMethod method, CudaStream stream, Direction direction,

@@ -1,7 +1,6 @@
 #include "cuda/simulated_runtime.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <numeric>
 #include <string_view>
@@ -26,33 +25,16 @@ constexpr int kCaptureUnsupported = 900;
 constexpr FenceSite kSite = FenceSite::transfer_after_transfer;
 
 // Calls that are counted, and can be made to fail.
-constexpr std::array<std::string_view, 27> kFunctions{"copy_blocks",
-                                                      "cudaEventCreate",
-                                                      "cudaEventDestroy",
-                                                      "cudaEventElapsedTime",
-                                                      "cudaEventQuery",
-                                                      "cudaEventRecord",
-                                                      "cudaEventSynchronize",
-                                                      "cudaFree",
-                                                      "cudaGetDevice",
-                                                      "cudaHostRegister",
-                                                      "cudaHostUnregister",
-                                                      "cudaMalloc",
-                                                      "cudaMemcpyAsync",
-                                                      "cudaMemcpyBatchAsync",
-                                                      "cudaSetDevice",
-                                                      "cudaStreamCreateWithFlags",
-                                                      "cudaStreamDestroy",
-                                                      "cudaStreamGetDevice",
-                                                      "cudaStreamIsCapturing",
-                                                      "cudaStreamSynchronize",
-                                                      "cudaStreamWaitEvent",
-                                                      "gather_kv",
-                                                      "load_kernels",
-                                                      "scatter_fp8",
-                                                      "scatter_kv",
-                                                      "transfer_blocks",
-                                                      "update_tables"};
+// clang-format off
+constexpr std::string_view kFunctions[] = {
+    "copy_blocks", "cudaEventCreate", "cudaEventDestroy", "cudaEventElapsedTime",
+    "cudaEventQuery", "cudaEventRecord", "cudaEventSynchronize", "cudaFree", "cudaGetDevice",
+    "cudaHostRegister", "cudaHostUnregister", "cudaMalloc", "cudaMemcpyAsync",
+    "cudaMemcpyBatchAsync", "cudaSetDevice", "cudaStreamCreateWithFlags", "cudaStreamDestroy",
+    "cudaStreamGetDevice", "cudaStreamIsCapturing", "cudaStreamSynchronize",
+    "cudaStreamWaitEvent", "gather_kv", "load_kernels", "scatter_fp8", "scatter_kv",
+    "transfer_blocks", "update_tables"};
+// clang-format on
 
 thread_local int current_device = 0;
 
@@ -78,7 +60,7 @@ SimulatedRuntime::SimulatedRuntime(const SimulatedOptions& options, int num_devi
 SimulatedRuntime::~SimulatedRuntime() = default;
 
 void SimulatedRuntime::fail(const std::string& function, int code, int k) {
-  if (std::ranges::find(kFunctions, function) == kFunctions.end()) {
+  if (std::ranges::find(kFunctions, function) == std::end(kFunctions)) {
     throw InvalidSpec("function is \"" + function + "\", which is no call that is made");
   }
   const std::lock_guard lock(mutex_);
@@ -86,7 +68,7 @@ void SimulatedRuntime::fail(const std::string& function, int code, int k) {
 }
 
 int SimulatedRuntime::enter(const char* function) {
-  KV_CHECK(std::ranges::find(kFunctions, function) != kFunctions.end());
+  KV_CHECK(std::ranges::find(kFunctions, function) != std::end(kFunctions));
   const std::lock_guard lock(mutex_);
   ++num_calls_[function];
   if (!std::string_view(function).ends_with("etDevice")) ++num_calls_on_[current_device];

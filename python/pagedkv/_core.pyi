@@ -272,8 +272,11 @@ class BlockManager(_Object):
 
         `lengths[b]` keeps only that much of row b, for rejected speculative tokens.
         """
-    def rollback(self, plan: StepPlan) -> None:
-        """Close the step as if it had not been: paths, lengths and counts are as before."""
+    def rollback(self, plan: StepPlan | None = None) -> None:
+        """Close the step as if it had not been: paths, lengths and counts are as before.
+
+        Without a plan: the open one, if there is one.
+        """
     def record(self, ids: _Buffer, tokens: _Buffer, counts: _Buffer | None = None) -> None:
         """Tell tokens that were appended without: `counts[b]` (default 1) each, in order."""
     def fork(self, id: int, n: int) -> _Int64:
@@ -316,6 +319,8 @@ class BlockManager(_Object):
 
         Sources are untouched. Sequences that wait for it lose their path, as after drop().
         """
+    def transfers(self) -> _Int64:
+        """Those planned that have not ended, by ascending id."""
     def drop(self, ids: _Buffer) -> None:
         """Give up the paths of sequences, which remember their tokens: to be recomputed."""
     def restore(self, ids: _Buffer) -> None:
@@ -404,25 +409,19 @@ class TransferEngine(_Object):
     """
 
     def __init__(
-        self,
-        device: Device,
-        regions: Sequence[tuple[int, int, int]],
-        num_device_blocks: int,
-        num_host_blocks: int,
-        *,
-        max_in_flight: int = 8,
-        owner: object = None,
-    ) -> None: ...
+        self, device: Device, regions: Sequence[tuple[int, int, int]], num_device_blocks: int,
+        num_host_blocks: int, *, max_in_flight: int = 8, owner: object = None,
+    ) -> None: ...  # fmt: skip
     def submit(self, plan: TransferPlan) -> None:
         """Queue a plan behind all that the caller's stream was given."""
     def step(self, plan: StepPlan) -> None:
         """Make the caller's stream wait for what a step has to wait for. Raises DeviceError."""
     def follow(self) -> None:
         """Make the caller's stream continue the one that he was on before. Raises DeviceError."""
-    def poll(self) -> list[tuple[int, str | None, float]]:
-        """What has ended since: (id, why it failed or None, seconds that its copies took).
+    def poll(self, told: list[tuple[int, str | None, float]]) -> None:
+        """Append what has ended since: (id, why it failed or None, seconds that its copies took).
 
-        Never blocks. 0 seconds: nobody measured.
+        Never blocks. 0 seconds: nobody measured. An interrupt loses none.
         """
     def wait(self, transfer: int) -> None:
         """Block until a transfer has ended, which poll() tells."""
@@ -530,6 +529,9 @@ class CudaDevice(Device):
     @property
     def index(self) -> int: ...
     @property
+    def is_capturing(self) -> bool:
+        """Whether the caller's stream is being captured into a graph."""
+    @property
     def is_simulated(self) -> bool: ...
     @property
     def num_ready_bytes(self) -> int:
@@ -568,23 +570,20 @@ class CudaPool(Pool):
 class SimulatedCuda(CudaRuntime):
     """CUDA on a machine without a GPU, as late and out of order as was declared.
 
-    Device memory is host memory. See SimulatedDevice for `seed` and `schedule`.
-    """
+    Device memory is host memory. See SimulatedDevice for `seed` and `schedule`."""
 
     def __init__(
-        self,
-        seed: int = 0,
-        *,
-        schedule: Literal["eager", "lazy", "random"] = "random",
-        num_devices: int = 1,
-        has_batch: bool = True,
-    ) -> None: ...
+        self, seed: int = 0, *, schedule: Literal["eager", "lazy", "random"] = "random",
+        num_devices: int = 1, has_batch: bool = True,
+    ) -> None: ...  # fmt: skip
     def fail(self, function: str, code: int, k: int = 1) -> None:
         """The k-th call of this function of CUDA from now on returns this error code."""
     def limit_pinned(self, num_bytes: int) -> None:
         """More host memory than that cannot be pinned."""
     def make_stream(self) -> int:
         """A stream of the caller's, for CudaDevice.use_stream(); 0 and 2 are CUDA's own."""
+    def capture(self, stream: int, capturing: bool) -> None:
+        """Whether that stream is being captured into a graph from now on."""
     def num_calls(self, function: str) -> int: ...
     def hold_next(self) -> None:
         """The next piece of work runs only when somebody waits for it."""

@@ -66,7 +66,7 @@ def adopt(spec: KVSpec, tensors: Adopted, device: torch.device) -> DevicePool:
     _refuse_overlap(blocks, num_blocks)
     in_rows = all(_is_in_rows(t) for _, t in named)
     return DevicePool(
-        memory=tensors,
+        memory=tuple((k, v) for k, v in tensors),
         layers=layers,
         num_blocks=num_blocks,
         regions=tuple(region(t) for _, t in named)
@@ -81,13 +81,14 @@ def adopt(spec: KVSpec, tensors: Adopted, device: torch.device) -> DevicePool:
 
 
 def require_unmoved(pool: DevicePool, spec: KVSpec, device: torch.device) -> None:
-    """Raises InvalidState if the memory of an adopted pool is not where it was: copies are."""
-    try:
-        now = adopt(spec, pool.layers, device)
-    except InvalidSpec as error:
-        raise InvalidState(f"the adopted tensors have changed: {error}") from error
-    if (now.regions, now.block_runs) != (pool.regions, pool.block_runs):
-        raise InvalidState("the adopted tensors have changed: they are in other memory now")
+    """Raises InvalidState if an adopted pool, or a tensor that was given as it, has moved."""
+    for tensors in (pool.layers, pool.memory):
+        try:
+            now = adopt(spec, tensors, device)
+        except InvalidSpec as error:
+            raise InvalidState(f"the adopted tensors have changed: {error}") from error
+        if (now.regions, now.block_runs) != (pool.regions, pool.block_runs):
+            raise InvalidState("the adopted tensors have changed: they are in other memory now")
 
 
 def _layers(

@@ -49,6 +49,7 @@ _SAME = {
     "kimi_k2": "deepseek_v3", "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3",
     "qwen3_vl_moe": "qwen3_moe",
 }  # fmt: skip
+MAX_LAYERS = 10_000  # more than any model has
 _OF_ITS_OWN = ("hidden_size", "num_hidden_layers")  # no default: a file without is not a config
 
 
@@ -163,7 +164,8 @@ class ModelConfig:
         listed = self.layer_words
         if self.model_type == "nemotron_h" and listed:
             return len(listed)
-        return self.number("num_hidden_layers")
+        name = "num_hidden_layers"
+        return check_int(name, self.number(name), most=MAX_LAYERS)
 
     @property
     def layer_words(self) -> tuple[str, ...] | None:

@@ -206,8 +206,8 @@ class CudaMachine(Machine):
         return True
 
     def is_capturing(self) -> bool:
-        with torch.cuda.device(self.device):
-            return torch.cuda.is_current_stream_capturing()
+        self.follow()
+        return self._gpu.is_capturing
 
     def write(
         self,
@@ -289,9 +289,6 @@ class SimulatedCudaMachine(CudaMachine):
         """The caller says gpu.use_stream() himself."""
         return True
 
-    def is_capturing(self) -> bool:
-        return False
-
     def hold(self, *tensors: torch.Tensor) -> None:
         self._held += tensors
 
@@ -357,6 +354,7 @@ def _cuda_machine(device: torch.device, copy_method: str) -> Machine:
         raise DeviceError(
             f"torch finds no CUDA device: {cuda.status()}. Install a driver, and a torch with CUDA"
         )
+    torch.cuda.empty_cache()  # memory that torch keeps and does not use is free for others, too
     index = torch.cuda.current_device() if device.index is None else device.index
     gpu = CudaDevice(cuda.runtime(), index, copy_method=copy_method)
     return CudaMachine(gpu, torch.device("cuda", index), measures=copy_method == "auto")

@@ -54,6 +54,19 @@ class Steps(Sequences):
             manager.rollback(plan)
             raise
 
+    def rollback(self) -> None:
+        """Close the open step, if there is one, as if it had not been, whoever has it.
+
+        For a step that nobody has any more: it was forgotten, or an interrupt came before step()
+        returned. What commits, or rolls back, as it should needs none of this.
+        """
+        manager, step = self._open_manager(), self._step
+        manager.rollback()
+        if step is not None:
+            step.close(step.step_before)
+        elif self._transfers is not None:
+            self._transfers.paused = False
+
     @overload
     def apply(self, plan: StepPlan) -> Step: ...
     @overload
@@ -108,6 +121,12 @@ class Steps(Sequences):
         size, tables, counts = self.spec.block_size, plan.block_tables, np.diff(plan.query_starts)
         if (counts < 1).any():
             raise InvalidSpec(f"step {plan.step} has rows without new tokens: no manager makes one")
+        last, newest = self.manager.num_device_blocks, int(tables.max(initial=0))
+        if newest > last or int(tables.min(initial=0)) < 0:
+            raise InvalidSpec(
+                f"step {plan.step} has block {newest}, and this cache has blocks up to {last}: "
+                "expected a plan of a manager with at most its num_device_blocks"
+            )
         columns = plan.positions // size
         inside = not len(columns) or int(columns.max()) < tables.shape[1]
         blocks = tables[np.repeat(np.arange(len(tables)), counts), columns] if inside else columns

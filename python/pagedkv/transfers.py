@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Any, Literal
 
 from pagedkv._core import BlockManager, Device, StepPlan, TransferEngine, TransferPlan
@@ -78,6 +77,12 @@ class Transfer:
         """
         return self._owner.cancel(self)
 
+    def note_end(self, seconds: float) -> None:
+        """It is seen to have ended, perhaps not for the first time, after `seconds` of copying."""
+        if self.ended is None:
+            self.ended = time.perf_counter()
+            self.seconds = seconds or None
+
     def __repr__(self) -> str:
         state = "failed" if self._error else "done" if self._done else "under way"
         return f"<Transfer {self.id} {self.direction} num_bytes={self.num_bytes} {state}>"
@@ -93,29 +98,15 @@ class _Gone:
 GONE: Any = _Gone()
 
 
-class _Alone:
-    """Who is inside is alone: a second thread, or a call out of an argument, never waits."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise ConcurrentUse(
-                "another call is inside this cache's transfers: use a cache from one thread at a "
-                "time"
-            )
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
 class Transfers:
     """The transfers of one cache, and the engine that carries them out.
 
     What is planned is submitted, and what the engine tells reaches the manager, before anybody else
     may come in: else an end would be told twice, and a plan that nobody carries out would cost its
     sequences their blocks.
+
+    An interrupt may come between any two lines. What was begun is noted before, and what has ended
+    stays noted until all have been told, so that whoever looks next takes it to its end.
     """
 
     def __init__(
@@ -133,12 +124,25 @@ class Transfers:
         self._block_bytes = block_bytes
         self._under_way: dict[int, Transfer] = {}
         self._failed: list[Transfer] = []  # that poll() has to tell of
-        self._told: deque[tuple[int, str | None]] = deque()  # by the engine, not to the manager yet
-        self._alone = _Alone()
+        self._told: list[tuple[int, str | None, float]] = []  # by the engine, for the manager
+        self._lock = threading.Lock()
+        self._is_starting = False  # or was, when an interrupt came
         self._closed = False
         self.paused = False  # while a step is open, the manager takes no ends
         self._applies: bool | None = None  # another manager's plans, since the first
         self._copied: dict[str, tuple[int, float]] = {}  # direction -> bytes and seconds, in all
+
+    def _alone(self) -> threading.Lock:
+        """To be inside alone: a second thread, or a call out of an argument, is refused.
+
+        A lock itself, since an interrupt can come between a method of ours and its `with`.
+        """
+        if self._lock.locked():
+            raise ConcurrentUse(
+                "another call is inside this cache's transfers: use a cache from one thread at a "
+                "time"
+            )
+        return self._lock
 
     def start(self, make_plan: Callable[[], TransferPlan], is_applied: bool = False) -> Transfer:
         """Start what the manager plans, once it knows what has ended.
@@ -146,7 +150,7 @@ class Transfers:
         A plan that is applied is another manager's, whom somebody else tells of the end. Their
         numbers would clash, so a cache carries out the plans of one.
         """
-        with self._alone:
+        with self._alone():
             if self._closed:
                 raise InvalidState("this cache is closed")
             if self._machine.is_capturing():
@@ -155,9 +159,11 @@ class Transfers:
             if self._applies not in (None, is_applied):
                 whose = "another" if self._applies else "its own"
                 raise InvalidState(f"this cache carries out the transfers of {whose} manager")
-            plan = make_plan()
             self._applies = is_applied
-            return self._submit(plan)
+            self._is_starting = True
+            transfer = self._submit(make_plan())
+            self._is_starting = False
+            return transfer
 
     def follow(self) -> None:
         """Within a step: the stream that the caller is on now continues the one before."""
@@ -170,18 +176,18 @@ class Transfers:
         try:
             self._machine.follow()
             self.engine.submit(plan)
-        except BaseException as error:  # an interrupt among them: the manager waits for an end
+        except Exception as error:
             if self._applies:  # who called has been told
                 del self._under_way[plan.id]
-            elif not self.engine.in_flight(plan.id):
-                self._hear(plan.id, f"it was not submitted, {error!r}")
+            else:  # the manager waits for an end
+                self._told.append((plan.id, f"it was not submitted, {error!r}", 0.0))
             raise
         self._machine.warn()
         return transfer
 
     def step(self, plan: StepPlan) -> None:
         """Before a step's first work: the caller's stream waits for what the plan waits for."""
-        with self._alone:
+        with self._alone():
             if self._closed:
                 raise InvalidState("this cache is closed")
             self._machine.follow()
@@ -189,30 +195,44 @@ class Transfers:
 
     def look(self) -> list[Transfer]:
         """Tell the manager of all that has ended, and return it. Nobody is waited for."""
-        if not self._under_way:
+        if not self._under_way and not self._is_starting:
             return []
-        with self._alone:
+        with self._alone():
             return self._look()
 
     def _look(self) -> list[Transfer]:
-        if not self._under_way or self._machine.is_capturing():  # to ask would end the capture
+        if not self._under_way and not self._is_starting:
             return []
-        for number, why, seconds in self.engine.poll():
-            self._hear(number, why, seconds)
+        if self._machine.is_capturing():  # to ask would end the capture
+            return []
+        self.engine.poll(self._told)
+        if self._is_starting and not self.paused:
+            self._settle_start()
+        for number, _, seconds in self._told:
+            self._under_way[number].note_end(seconds)
         ended = []
         while self._told and not self.paused:  # a manager that refuses is told again
-            number, why = self._told[0]
+            number, why, _ = self._told[0]
             transfer = self._under_way[number]
-            self._end(transfer, why)
-            self._told.popleft()
-            ended.append(transfer)
+            if not transfer._done:
+                self._end(transfer, why)
+                ended.append(transfer)
+            del self._told[0], self._under_way[number]
         return ended
 
-    def _hear(self, number: int, why: str | None, seconds: float = 0.0) -> None:
-        self._told.append((number, why))
-        transfer = self._under_way[number]
-        transfer.ended = time.perf_counter()
-        transfer.seconds = seconds or None
+    def _settle_start(self) -> None:
+        """What was being started when an error or an interrupt came is given up."""
+        told = {number for number, _, _ in self._told}
+        for number in list(self._under_way):
+            if number not in told and not self.engine.in_flight(number):
+                if self._applies:  # who called has been told
+                    del self._under_way[number]
+                else:
+                    self._told.append((number, "it was not submitted", 0.0))
+        for number in () if self._applies else self._manager.transfers().tolist():
+            if number not in self._under_way:
+                self._manager.abort(number)
+        self._is_starting = False
 
     def numbered(self, number: int) -> Transfer:
         """The transfer under way with this id."""
@@ -235,7 +255,7 @@ class Transfers:
             raise InvalidState("a step is open: close it before waiting for a transfer")
         if self._machine.is_capturing():
             raise InvalidState("a CUDA graph is being captured: nothing ends meanwhile")
-        with self._alone:
+        with self._alone():
             if transfer._done:
                 return
             self.engine.wait(transfer.id)
@@ -244,7 +264,7 @@ class Transfers:
 
     def cancel(self, transfer: Transfer) -> bool:
         """Give a transfer up, if none of its copies has begun."""
-        with self._alone:
+        with self._alone():
             if transfer._done or not self.engine.cancel(transfer.id):
                 return False
             transfer._cancelled = True
@@ -254,16 +274,17 @@ class Transfers:
             return True
 
     def _end(self, transfer: Transfer, why: str | None) -> None:
+        # It may know already, and an interrupt have come before it was noted.
+        is_awaited = not self._applies and transfer.id in self._manager.transfers()
         if why is None:
-            if not self._applies:
+            if is_awaited:
                 self._manager.complete(transfer.id)
             self._measure(transfer)
-        elif self._applies:
+        elif is_awaited:
+            self._fail(transfer, why)
+        elif transfer._error is None:
             transfer._error = TransferError(f"transfer {transfer.id} failed: {why}")
             self._note_failure(transfer)
-        else:
-            self._fail(transfer, why)
-        del self._under_way[transfer.id]
         transfer._done = True
 
     def _measure(self, transfer: Transfer) -> None:
@@ -320,7 +341,7 @@ class Transfers:
 
     def close(self) -> None:
         """Cancel what has not begun, and wait for the rest."""
-        with self._alone:
+        with self._alone():
             self.engine.close()
             self._closed = True
 

@@ -124,8 +124,9 @@ def _admit(manager: BlockManager, num_tokens: int) -> int:
 def _carry_out(engine: TransferEngine, manager: BlockManager, plan: TransferPlan) -> None:
     engine.submit(plan)
     engine.wait(plan.id)
-    while not (ended := engine.poll()):
-        pass  # a device that was short of an event
+    ended: list[tuple[int, str | None, float]] = []
+    while not ended:  # more than once on a device that was short of an event
+        engine.poll(ended)
     if ended[0][1] is not None:
         raise DeviceError(f"the adopted tensors could not be tried out: {ended[0][1]}")
     manager.complete(plan)

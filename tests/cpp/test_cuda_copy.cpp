@@ -207,8 +207,8 @@ TEST_CASE("where the device cannot reach the host, neither kernel nor batch is a
   std::byte* const host = device.allocate_host(4096);
   std::vector<std::byte> memory(4096, std::byte{7});
   const Stream stream = device.make_stream();
-  device.copy(stream, std::vector<CopyRun>{{host, memory.data(), 16},
-                                           {host + 64, memory.data() + 64, 16}});
+  device.copy(stream,
+              std::vector<CopyRun>{{host, memory.data(), 16}, {host + 64, memory.data() + 64, 16}});
   const Event end = device.record(stream);
   CHECK(device.wait(end) == Status::done);
   CHECK(host[64 + 15] == std::byte{7});

@@ -152,8 +152,10 @@ TEST_CASE_TEMPLATE("the compute stream takes part like any other", F, KV_MACHINE
 
 TEST_CASE_TEMPLATE("many readers of one source run beside each other", F, KV_MACHINES) {
   for_each_seed<F>([](auto& bench, Device& device) {
-    std::byte* const source = bench.host(1);
+    std::byte* const source = bench.memory();
     const Stream writer = device.make_stream();
+    bench.copy(writer, source, bench.host(1));
+    CHECK(bench.wait(writer) == Status::done);
     std::vector<std::byte*> targets;
     std::vector<Event> events;
     for (int i = 0; i < 4; ++i) {
@@ -164,8 +166,10 @@ TEST_CASE_TEMPLATE("many readers of one source run beside each other", F, KV_MAC
       device.fence(writer, events.back(), kSite);
     }
     bench.copy(writer, source, bench.host(9));
+    std::byte* const written = bench.host(0);
+    bench.copy(writer, written, source);
     CHECK(bench.wait(writer) == Status::done);
-    CHECK(bench.holds(source, 9));
+    CHECK(bench.holds(written, 9));
     for (const std::byte* target : targets) CHECK(bench.holds(target, 1));
     for (const Event event : events) {
       CHECK(device.poll(event) == Status::done);
@@ -281,9 +285,9 @@ TEST_CASE_TEMPLATE("close ends all work, and closes", F, KV_MACHINES) {
   });
 }
 
-// Copies between buffers on three streams. Each is fenced behind the last writer and all readers of
-// its target, and behind the last writer of its source; then the machine must do what a machine
-// that does one thing after the other would.
+// Copies between buffers, every other one the device's, on three streams. Each is fenced behind the
+// last writer and all readers of its target, and behind the last writer of its source; then the
+// machine must do what a machine that does one thing after the other would.
 TEST_CASE_TEMPLATE("random programs give what their declared order says", F, KV_MACHINES) {
   constexpr std::size_t kBuffers = 6;
   for_each_seed<F>([](auto& bench, Device& device) {
@@ -294,8 +298,11 @@ TEST_CASE_TEMPLATE("random programs give what their declared order says", F, KV_
     std::array<int, kBuffers> model;
     std::array<std::vector<Event>, kBuffers> writers, readers;
     for (std::size_t i = 0; i < kBuffers; ++i) {
-      buffers[i] = bench.host(model[i] = static_cast<int>(i));
+      std::byte* const first = bench.host(model[i] = static_cast<int>(i));
+      buffers[i] = i % 2 == 0 ? first : bench.memory();
+      if (i % 2 == 1) bench.copy(streams[0], buffers[i], first);
     }
+    CHECK(bench.wait(streams[0]) == Status::done);
     for (int i = 0; i < 60; ++i) {
       const Stream stream = streams[random() % 3];
       const std::size_t source = random() % kBuffers;
@@ -310,6 +317,11 @@ TEST_CASE_TEMPLATE("random programs give what their declared order says", F, KV_
       readers[source].push_back(writers[target].front());
     }
     for (const Stream stream : streams) CHECK(bench.wait(stream) == Status::done);
-    for (std::size_t i = 0; i < kBuffers; ++i) CHECK(bench.holds(buffers[i], model[i]));
+    for (std::size_t i = 0; i < kBuffers; ++i) {
+      std::byte* const last = bench.host(0);
+      bench.copy(streams[0], last, buffers[i]);
+      CHECK(bench.wait(streams[0]) == Status::done);
+      CHECK(bench.holds(last, model[i]));
+    }
   });
 }

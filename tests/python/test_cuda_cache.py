@@ -209,22 +209,20 @@ def test_a_larger_step_than_the_device_keeps_arrays_for(monkeypatch: pytest.Monk
         assert w.all_problems() == []
 
 
-def test_while_a_graph_is_captured_nothing_is_moved_or_asked(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_while_a_graph_is_captured_nothing_is_moved_or_asked() -> None:
     with CudaWorld(1, "lazy") as w:
         a, b = w.admit([1, 2, 3]), w.admit([4, 5, 6])
         transfer = w.kv.swap_out([a])
-        with monkeypatch.context() as during:
-            during.setattr(w.kv.machine, "is_capturing", lambda: True)
-            asked = w.cuda.num_calls("cudaEventQuery")
-            assert w.kv.poll() == []
-            assert w.kv.ready([b])
-            for call in (lambda: w.kv.swap_out([b]), lambda: w.kv.swap_in([a]), transfer.wait):
-                with pytest.raises(pk.InvalidState, match="captured"):
-                    call()
-            assert w.cuda.num_calls("cudaEventQuery") == asked
-            assert (w.kv.tier(a), w.kv.tier(b)) == ("host", "device")
+        w.cuda.capture(0, True)
+        asked = w.cuda.num_calls("cudaEventQuery")
+        assert w.kv.poll() == []
+        assert w.kv.ready([b])
+        for call in (lambda: w.kv.swap_out([b]), lambda: w.kv.swap_in([a]), transfer.wait):
+            with pytest.raises(pk.InvalidState, match="captured"):
+                call()
+        assert w.cuda.num_calls("cudaEventQuery") == asked
+        assert (w.kv.tier(a), w.kv.tier(b)) == ("host", "device")
+        w.cuda.capture(0, False)
         transfer.wait()
         w.kv.swap_in([a]).wait()
         w.read(a, b)

@@ -31,3 +31,9 @@ def test_hazard_45_the_layout_changes_under_an_adopted_tensor() -> None:
         with pytest.raises(pk.InvalidState, match="adopted tensors have changed"):
             kv.verify()
         memory.untyped_storage().resize_(6 * 2 * 16 * 4 * 2)
+    keys, values = torch.zeros(2, 6, 2, 2, 4)
+    with pk.KVCache(SPEC, tensors=[(keys, values)]) as kv:
+        kv.verify()
+        keys.data = torch.zeros(6, 2, 2, 4)  # as Module.to() does
+        with pytest.raises(pk.InvalidState, match="in other memory now"):
+            kv.verify()

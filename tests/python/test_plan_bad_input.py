@@ -93,6 +93,7 @@ def test_bad_arguments(
         ({"hidden_size": None}, "no hidden_size"),
         ({"num_hidden_layers": None}, "no num_hidden_layers"),
         ({"num_hidden_layers": "three"}, "num_hidden_layers is 'three'"),
+        ({"num_hidden_layers": 10**8}, "expected an int of 1 to 10000"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"num_key_value_heads": 3}, "num_attention_heads is 4 and num_key_value_heads is 3"),
         ({"hidden_size": 65}, "hidden_size is 65 and num_attention_heads is 4"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -201,6 +203,37 @@ def test_a_closed_cache_refuses_use() -> None:
         with pytest.raises(InvalidState, match="closed"):
             use()
     assert dense(model, ids).tolist() == dense(model, ids).tolist()
+
+
+def test_a_cache_that_nobody_has_is_gone_without_a_collection() -> None:
+    model = tiny.model("llama")
+    cache = paged(model)
+    generate(model, cache, prompt(), num_beams=2)
+    gone = weakref.ref(cache)
+    gc.collect()
+    gc.disable()
+    try:
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_no_row_is_no_request() -> None:
+    model, ids = tiny.model("llama"), prompt()
+    with paged(model) as cache:
+        cache.prefill(model, ids)
+        cache.batch_select_indices(torch.tensor([False]))
+        assert (cache.get_seq_length(), len(cache._rows)) == (0, 0)
+        tiny.check_empty(cache.kv)
+        assert generate(model, cache, ids).tolist() == dense(model, ids).tolist()
+
+
+@pytest.mark.parametrize("ids", [[[1, 2]], torch.ones(1, 4)])
+def test_prompts_that_are_no_ids(ids: Any) -> None:
+    message = "expected a tensor of token ids"
+    with paged(tiny.model("llama")) as cache, pytest.raises(InvalidSpec, match=message):
+        cache.start(ids)
 
 
 def test_the_context_closes_after_an_error() -> None:

@@ -1,9 +1,9 @@
 """FlashInfer, if it is installed: its prefill over blocks, which does decode and mixes of both.
 
 It plans on the host, once for each step and kind of layer, by lengths alone, which the host has;
-the blocks, step.csr(), stay on the device. What a plan copies to the device lies in pinned memory of
-its wrapper, which the next plan fills anew: so two wrappers take turns, and the host waits for the
-copy of the step before the last.
+the blocks, step.csr(), stay on the device. What a plan copies to the device lies in pinned memory
+of its wrapper, which the next plan fills anew: so two wrappers take turns, and the host waits for
+the copy of the step before the last.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ def compile_kernel(**options: Any) -> Callable[..., torch.Tensor]:
     """FlexAttention, compiled with these options of torch.compile(), and never run uncompiled.
 
     Uncompiled it computes the scores of the whole pool: torch goes on so, with a warning, behind a
-    limit of 8 variants (a window or none, a softcap or none, one row or more, one new token or more).
+    limit of 8 variants (a window or none, a softcap or none, one row or more, one new token or
+    more). Before torch 2.13, whose limit alone can be raised here, it raises there.
     """
     from torch.nn.attention.flex_attention import flex_attention
 

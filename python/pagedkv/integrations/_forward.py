@@ -37,6 +37,24 @@ class Forward:
     values: torch.Tensor | None = None
 
 
+def skip_held(inputs: dict[str, Any], length: int) -> dict[str, Any]:
+    """Inputs that begin at position 0, without the `length` tokens that the cache holds of them.
+
+    transformers' assisted decoding computes a prompt whole, whatever its cache holds: its positions
+    and its mask say so.
+    """
+    ids, positions, mask = (
+        inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask")
+    )
+    if not isinstance(ids, torch.Tensor) or not 0 < length < ids.shape[1] or positions is None:
+        return inputs
+    if (mask is not None and mask.shape[-1] != ids.shape[1]) or bool(positions[:, 0].any()):
+        return inputs
+    by_token = [name for name in _ROW_INPUTS if name != "attention_mask"]
+    rest = {name: inputs[name][:, length:] for name in by_token if inputs.get(name) is not None}
+    return {**inputs, **rest}
+
+
 def fold_rows(
     inputs: Mapping[str, Any], num_rows: int
 ) -> tuple[dict[str, Any], torch.Tensor] | None:

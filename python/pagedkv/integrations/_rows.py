@@ -65,6 +65,7 @@ class Rows:
                 )
         self.kv = kv
         self.open_step: OpenStep | None = None
+        self._made: _Ids | None = None  # while a step is opened: sequences that are for it alone
         self.num_hit_tokens = 0
         self.dense_peak_bytes = 0
         self._forget()
@@ -115,13 +116,15 @@ class Rows:
                 f"a batch of {batch} cannot continue the {len(before)} rows of the cache: use "
                 "batch_select_indices() to choose rows, or finish() or reset() for a new request"
             )
+        self._made = made  # after an interrupt, which may lose the step, rollback() knows of it
         try:
             step = self.kv.step(ids, tokens, counts=np.full(batch, count))
-        except BaseException:
+        except Exception:
+            self._made = None
             self.kv.release(made)
             raise
-        self.ids = ids
         self.open_step = OpenStep(step, self.length, count, made, before, tokens is not None)
+        self.ids, self._made = ids, None
         return self.open_step
 
     def _tokens(
@@ -144,9 +147,9 @@ class Rows:
         done = self.open_step
         if done is None:
             return
-        self.open_step = None
         done.step.commit()
-        self.length = done.past + done.count
+        # In one line, between whose parts no interrupt comes: before it all is rolled back.
+        self.open_step, self.length = None, done.past + done.count
         if done.knows_tokens:
             self._num_known = self.length
         if self._prompt is not None and self.length >= self._prompt.shape[1]:
@@ -156,13 +159,16 @@ class Rows:
 
     def rollback(self) -> None:
         """Drop an open step, if there is one, and the rows made for it."""
-        failed = self.open_step
-        if failed is None:
+        failed, made = self.open_step, self._made
+        if failed is not None:
+            made, self.ids = failed.made, failed.before
+        if made is None:
             return
-        self.open_step = None
-        failed.step.rollback()
-        self.ids = failed.before
-        self.kv.release(failed.made)
+        if failed is None or failed.step.is_open:
+            self.kv.rollback()
+        self.kv.truncate(self.ids, np.full(len(self.ids), self.length))  # had it been committed
+        self.kv.release(made)
+        self.open_step = self._made = None
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -175,6 +181,9 @@ class Rows:
         if len(parents) and not 0 <= parents.min() <= parents.max() < len(rows):
             raise InvalidSpec(f"indices must be in [0, {len(rows)}), the rows of the cache")
         self._reordered |= bool((np.diff(parents) < 0).any()) or len(parents) == len(rows)
+        if not len(parents):
+            self.release()
+            return
         if len(parents) == len(rows):
             self.kv.reorder(rows, parents)
             return
@@ -182,8 +191,8 @@ class Rows:
         counts = np.bincount(parents, minlength=len(rows))
         for parent in np.flatnonzero(counts):
             selected[parents == parent] = self.kv.fork(int(rows[parent]), int(counts[parent]))
-        self.kv.release(rows[counts == 0])
         self.ids = selected
+        self.kv.release(rows[counts == 0])
 
     def truncate(self, length: int) -> None:
         self.rollback()
@@ -231,9 +240,10 @@ class Rows:
 
     def release(self) -> None:
         self.rollback()
-        if len(self.ids):
-            self.kv.release(self.ids)
-        self._forget()
+        ids = self.ids
+        self._forget()  # first: after an interrupt nobody asks for what is gone
+        if len(ids):
+            self.kv.release(ids)
 
     # -- requests --------------------------------------------------------------------------------
 

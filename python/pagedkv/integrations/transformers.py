@@ -22,9 +22,9 @@ from transformers import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pagedkv.cache import KVCache
-from pagedkv.errors import InvalidState
+from pagedkv.errors import InvalidSpec, InvalidState
 from pagedkv.integrations._attach import Attached, attach
-from pagedkv.integrations._forward import Forward, by_token, fold_rows, unfold_rows
+from pagedkv.integrations._forward import Forward, by_token, fold_rows, skip_held, unfold_rows
 from pagedkv.integrations._rows import CacheStats, Rows
 from pagedkv.spec import KVSpec
 from pagedkv.transfers import Transfer
@@ -57,7 +57,6 @@ class PagedCache(Cache, Attached):
         self._rows = Rows(kv)
         self._forward = Forward()
         self._owns_kv, self._paged_attention = False, paged_attention
-        self._attends = [partial(self._attend, layer) for layer in range(kv.spec.num_layers)]
 
     @classmethod
     def for_model(
@@ -124,7 +123,8 @@ class PagedCache(Cache, Attached):
         forward.next_layer += 1
         if forward.open_step.past:
             if forward.paged_attention:
-                key_states.pagedkv_attend = self._attends[layer_idx]  # type: ignore[attr-defined]
+                attend = partial(self._attend, layer_idx)  # kept, it would keep this cache
+                key_states.pagedkv_attend = attend  # type: ignore[attr-defined]
                 forward.unread, forward.values = layer_idx, value_states
             else:
                 key_states, value_states = kv.gather(layer_idx, step)
@@ -229,6 +229,9 @@ class PagedCache(Cache, Attached):
 
         Returns the number of tokens per row that need no computing, at most T - 1.
         """
+        if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
+            kind = getattr(input_ids, "dtype", type(input_ids).__name__)
+            raise InvalidSpec(f"input_ids is {kind}, expected a tensor of token ids")
         if attention_mask is not None and not bool((attention_mask == 1).all()):
             return 0
         return self._rows.start(np.ascontiguousarray(input_ids.cpu().numpy(), np.int64), salt)
@@ -313,6 +316,7 @@ class PagedCache(Cache, Attached):
         """Fold the rows of a forward, and choose how it attends."""
         self._rows.rollback()
         forward = self._forward = Forward(attached=True)
+        inputs = skip_held(inputs, self._rows.length)
         folded = fold_rows(inputs, len(self._rows))
         if folded is not None:
             forward.batch = inputs["input_ids"].shape[0]

@@ -1,0 +1,172 @@
+"""An interrupt (Ctrl-C) between any two lines of pagedkv leaves a cache that works.
+
+Each command is run again and again, with the interrupt one line further on each time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from linecache import getline
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import pagedkv as pk  # noqa: E402
+from pagedkv.testing import CudaDevice, SimulatedCuda, SimulatedDevice  # noqa: E402
+
+PACKAGE = str(Path(pk.__file__).parent)
+SPEC = pk.KVSpec(1, 1, 8, "float32", 4)
+DEVICES: dict[str, Callable[[], Any]] = {
+    "cpu": lambda: "cpu",
+    "simulated": lambda: SimulatedDevice(0, schedule="lazy"),
+    "cuda": lambda: CudaDevice(SimulatedCuda(0, schedule="lazy")),
+}
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt before the n-th line of pagedkv that is run.
+
+    Not where Python has none come: between the end of a `with` block and its __exit__.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+        self.lines: dict[FrameType, int] = {}
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line" and self.left > 0:
+            before, self.lines[frame] = self.lines.get(frame, 0), frame.f_lineno
+            text = getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            self.left -= not (before > frame.f_lineno and text.startswith("with "))
+            if self.left == 0:
+                self.lines.clear()
+                raise KeyboardInterrupt
+        return self
+
+    def run(self, work: Callable[[], object]) -> bool:
+        """Whether the interrupt came before `work` had ended."""
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            work()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        return self.left == 0
+
+
+def step(kv: pk.KVCache, ids: Any) -> None:
+    with kv.step(ids, [1] * len(ids)) as open_step:
+        k = torch.ones(len(ids), 1, 8)
+        kv.write(0, k, k, open_step)
+
+
+def swap(kv: pk.KVCache, ids: Any) -> None:
+    kv.swap_out(ids).wait()
+    kv.swap_in(ids).wait()
+
+
+def cancel(kv: pk.KVCache, ids: Any) -> None:
+    out = kv.swap_out(ids)
+    out.cancel()
+    with suppress(pk.TransferError):
+        out.wait()
+    kv.resume(ids)
+
+
+def recompute(kv: pk.KVCache, ids: Any) -> None:
+    kv.preempt(ids, mode="recompute")
+    kv.resume(ids)
+
+
+def beside(kv: pk.KVCache, ids: Any) -> None:
+    """A transfer that ends while a step is open."""
+    out = kv.swap_out(ids[:1])
+    step(kv, ids[1:])
+    while not out.done:
+        kv.poll()
+    kv.resume(ids[:1])
+    kv.wait(ids[:1])
+
+
+@pytest.mark.parametrize("device", list(DEVICES))
+@pytest.mark.parametrize("work", [step, swap, cancel, recompute, beside])
+def test_a_cache_that_was_interrupted_works(work: Callable[..., None], device: str) -> None:
+    for n in range(1, 10_000):
+        with pk.KVCache(
+            SPEC, device=DEVICES[device](), num_device_blocks=12, num_host_blocks=12
+        ) as kv:
+            ids = np.array([kv.create([5, 6, 7, s]) for s in range(2)])
+            with kv.step(ids, [5, 6, 7, 0, 5, 6, 7, 1], counts=[4, 4]):
+                pass
+            interrupt = Interrupt(n)  # if this fails: n is the line
+            came = interrupt.run(lambda: work(kv, ids))  # noqa: B023
+            kv.rollback()
+            usable(kv, ids)
+        if not came:
+            return
+    pytest.fail("there is no end to it")
+
+
+def test_rows_that_were_interrupted_work() -> None:
+    """PagedCache's rows, as a model's layers call it; reset() is all that is needed."""
+    pytest.importorskip("transformers")
+    from pagedkv.integrations.transformers import PagedCache
+
+    def forward(cache: Any, batch: int, count: int) -> Any:
+        k = torch.arange(batch * count * 8.0).reshape(batch, 1, count, 8)
+        return cache.update(k, k, 0)[0]
+
+    def work(cache: Any) -> None:
+        forward(cache, 1, 5)
+        forward(cache, 2, 1)  # forks
+        cache.reorder_cache(torch.tensor([1, 1]))
+        forward(cache, 2, 1)
+        cache.crop(6)
+
+    for n in range(1, 10_000):
+        with pk.KVCache(SPEC, num_device_blocks=12) as kv:
+            cache = PagedCache(kv)
+            came = Interrupt(n).run(lambda: work(cache))  # noqa: B023
+            cache.reset()
+            forward(cache, 2, 5)
+            keys = forward(cache, 2, 1)
+            assert keys[0, 0, :, 0].tolist() == [0, 8, 16, 24, 32, 0]
+            cache.reset()
+            kv.verify()
+        if not came:
+            return
+    pytest.fail("there is no end to it")
+
+
+def usable(kv: pk.KVCache, ids: Any) -> None:
+    """All that was begun comes to an end, and all commands do what they do in a new cache."""
+    for transfer in kv.under_way():
+        with suppress(pk.TransferError):
+            transfer.wait()
+    with suppress(pk.TransferError):
+        kv.poll()
+    assert kv.under_way() == []
+    kv.verify()
+    for id in ids.tolist():  # each is where it was, or dropped, or on the host
+        kv.resume([id])
+        kv.wait([id])
+    lens = [kv.length(id) for id in ids.tolist()]
+    assert all(0 <= length <= 5 for length in lens)
+    for work in (step, swap, recompute):
+        work(kv, ids)
+    kv.release(ids)
+    kv.clear()
+    stats = kv.stats()
+    assert (stats.device.num_active, stats.host.num_active) == (0, 0)
+    kv.verify()
