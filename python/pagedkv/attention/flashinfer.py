@@ -107,4 +107,6 @@ class _Turn:
 
 def _mark(device: torch.device) -> torch.cuda.Event:
     """The end of what is queued."""
-    return torch.cuda.current_stream(device).record_event()
+    event = torch.cuda.Event()
+    torch.cuda.current_stream(device).record_event(event)
+    return event
