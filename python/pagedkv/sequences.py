@@ -175,7 +175,8 @@ class Sequences:
         manager = self._open_manager()
         for i in _numbers(ids):
             while self._transfers and (number := manager.waits_for(i)) is not None:
-                self._transfers.numbered(number).wait()
+                if (transfer := self._transfers.awaited(number)) is not None:
+                    transfer.wait()
 
     def preempt(self, ids: Any, mode: PreemptMode = "auto") -> Transfer | None:
         """Make room: move sequences to the host tier, or give up what they hold.

@@ -43,6 +43,7 @@ class Transfer:
         self._error: KVError | None = None
         self._cancelled = False
         self._raised = False
+        self.refusal = "it was not submitted"  # why, should the engine not know of it
         self._done = False  # the manager knows
         self.begun = time.perf_counter()
         self.ended: float | None = None
@@ -126,7 +127,7 @@ class Transfers:
         self._failed: list[Transfer] = []  # that poll() has to tell of
         self._told: list[tuple[int, str | None, float]] = []  # by the engine, for the manager
         self._lock = threading.Lock()
-        self._is_starting = False  # or was, when an interrupt came
+        self._is_unsettled = False  # one is being started, or an error or an interrupt came there
         self._closed = False
         self.paused = False  # while a step is open, the manager takes no ends
         self._applies: bool | None = None  # another manager's plans, since the first
@@ -160,9 +161,9 @@ class Transfers:
                 whose = "another" if self._applies else "its own"
                 raise InvalidState(f"this cache carries out the transfers of {whose} manager")
             self._applies = is_applied
-            self._is_starting = True
-            transfer = self._submit(make_plan())
-            self._is_starting = False
+            unsettled, self._is_unsettled = self._is_unsettled, True
+            transfer = self._submit(make_plan(), is_applied)
+            self._is_unsettled = unsettled
             return transfer
 
     def follow(self) -> None:
@@ -170,17 +171,16 @@ class Transfers:
         if self._machine.follow() and not self._machine.is_capturing():
             self.engine.follow()
 
-    def _submit(self, plan: TransferPlan) -> Transfer:
+    def _submit(self, plan: TransferPlan, is_applied: bool) -> Transfer:
         transfer = Transfer(self, plan, plan.num_copies * self._block_bytes)
         self._under_way[plan.id] = transfer
         try:
             self._machine.follow()
             self.engine.submit(plan)
         except Exception as error:
-            if self._applies:  # who called has been told
+            transfer.refusal += f", {error!r}"
+            if is_applied:  # who called is told, and may come again
                 del self._under_way[plan.id]
-            else:  # the manager waits for an end
-                self._told.append((plan.id, f"it was not submitted, {error!r}", 0.0))
             raise
         self._machine.warn()
         return transfer
@@ -195,19 +195,19 @@ class Transfers:
 
     def look(self) -> list[Transfer]:
         """Tell the manager of all that has ended, and return it. Nobody is waited for."""
-        if not self._under_way and not self._is_starting:
+        if not self._under_way and not self._is_unsettled:
             return []
         with self._alone():
             return self._look()
 
     def _look(self) -> list[Transfer]:
-        if not self._under_way and not self._is_starting:
+        if not self._under_way and not self._is_unsettled:
             return []
         if self._machine.is_capturing():  # to ask would end the capture
             return []
         self.engine.poll(self._told)
-        if self._is_starting and not self.paused:
-            self._settle_start()
+        if self._is_unsettled and not self.paused:
+            self._is_unsettled = not self._settle()
         for number, _, seconds in self._told:
             self._under_way[number].note_end(seconds)
         ended = []
@@ -220,23 +220,30 @@ class Transfers:
             del self._told[0], self._under_way[number]
         return ended
 
-    def _settle_start(self) -> None:
-        """What was being started when an error or an interrupt came is given up."""
-        told = {number for number, _, _ in self._told}
-        for number in list(self._under_way):
-            if number not in told and not self.engine.in_flight(number):
-                if self._applies:  # who called has been told
-                    del self._under_way[number]
-                else:
-                    self._told.append((number, "it was not submitted", 0.0))
+    def _settle(self) -> bool:
+        """Give up what never reached the engine; False: not all, since it ends after others."""
+        told, settled = {number for number, _, _ in self._told}, True
+        for number, transfer in list(self._under_way.items()):
+            if number in told or self.engine.in_flight(number):
+                continue
+            if self._applies:
+                del self._under_way[number]
+            elif number == next(iter(self._under_way)):
+                self._told.append((number, transfer.refusal, 0.0))
+            else:
+                settled = False
         for number in () if self._applies else self._manager.transfers().tolist():
-            if number not in self._under_way:
+            if number < next(iter(self._under_way), number + 1):  # nobody has its plan
                 self._manager.abort(number)
-        self._is_starting = False
+            elif number not in self._under_way:
+                settled = False
+        return settled
 
-    def numbered(self, number: int) -> Transfer:
-        """The transfer under way with this id."""
-        return self._under_way[number]
+    def awaited(self, number: int) -> Transfer | None:
+        """The transfer with this id; if it was given up, the one that it is settled behind."""
+        if number not in self._under_way:
+            self.look()
+        return self._under_way.get(number, next(iter(self._under_way.values()), None))
 
     def under_way(self) -> list[Transfer]:
         """What was not seen to end yet, in the order of submission."""
