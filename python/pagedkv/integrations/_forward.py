@@ -50,9 +50,8 @@ def skip_held(inputs: dict[str, Any], length: int) -> dict[str, Any]:
         return inputs
     if (mask is not None and mask.shape[-1] != ids.shape[1]) or bool(positions[:, 0].any()):
         return inputs
-    by_token = [name for name in _ROW_INPUTS if name != "attention_mask"]
-    rest = {name: inputs[name][:, length:] for name in by_token if inputs.get(name) is not None}
-    return {**inputs, **rest}
+    cut = [name for name in _ROW_INPUTS if name != "attention_mask" and name in inputs]
+    return {**inputs, **{n: inputs[n][:, length:] for n in cut if inputs[n] is not None}}
 
 
 def fold_rows(
