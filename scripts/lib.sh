@@ -10,7 +10,8 @@ WORK=${WORK:-$PWD/build/scripts}
 CLANG=${CLANG:-clang++-19}
 mkdir -p "$WORK"
 if command -v ccache >/dev/null; then
-  export CMAKE_{C,CXX,CUDA}_COMPILER_LAUNCHER=ccache CCACHE_BASEDIR=$PWD
+  # Builds of one kind in several folders have most objects in common.
+  export CMAKE_{C,CXX,CUDA}_COMPILER_LAUNCHER=ccache CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1
 fi
 
 say() { printf '\n== %s\n' "$*"; }

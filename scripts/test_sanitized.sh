@@ -8,7 +8,7 @@ venv "$env" "$PYTHON"
 say "_core with sanitizers"
 "$env/bin/python" -m pip install -q -c constraints.txt '.[test]' -Cbuild-dir="$WORK/sanitized-build" \
   -Ccmake.define.KV_SANITIZE=address,undefined -Ccmake.define.KV_CUDA=OFF \
-  -Ccmake.build-type=RelWithDebInfo -Cinstall.strip=false
+  -Ccmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON -Cinstall.strip=false
 
 # Python itself is not built for them: their runtime has to be there before anything else, and
 # Python's own allocator, which hides overruns from it, out of the way. Python leaks by design.

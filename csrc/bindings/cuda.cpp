@@ -67,7 +67,7 @@ void write_fp8(CudaPool& pool, std::size_t layer, std::uintptr_t slots, std::siz
                  source_type_of(dtype), fp8_of(format), source_of(k), source_of(v));
 }
 
-py::object address(const CudaPool& pool, const std::string& array) {
+py::object address_of(const CudaPool& pool, const std::string& array) {
   using Array = StepMemory::Array;
   static const std::pair<const char*, Array> kNames[] = {
       {"input_ids", Array::input_ids}, {"slots", Array::slots},
@@ -130,7 +130,7 @@ void bind_pool(py::module_& m) {
           py::arg("max_batch"), py::arg("max_tokens"), py::arg("table_stride"))
       .def("write_fp8", &write_fp8, py::arg("layer"), py::arg("slots"), py::arg("num_tokens"),
            py::arg("dtype"), py::arg("format"), py::arg("k"), py::arg("v"))
-      .def("address", &address, py::arg("array"));
+      .def("address", &address_of, py::arg("array"));
 }
 
 void bind_simulated(py::module_& m) {

@@ -40,9 +40,9 @@ auto enter_long(PyEngine& self, F&& call) {
   });
 }
 
-std::unique_ptr<PyEngine> make(std::shared_ptr<Device> device, const py::sequence& regions,
-                               std::int32_t num_device_blocks, std::int32_t num_host_blocks,
-                               int max_in_flight, py::object owner) {
+std::unique_ptr<PyEngine> make_engine(std::shared_ptr<Device> device, const py::sequence& regions,
+                                      std::int32_t num_device_blocks, std::int32_t num_host_blocks,
+                                      int max_in_flight, py::object owner) {
   std::vector<BlockRegion> list;
   for (const py::handle item : regions) {
     const auto t = item.cast<py::tuple>();
@@ -57,7 +57,7 @@ std::unique_ptr<PyEngine> make(std::shared_ptr<Device> device, const py::sequenc
   return self;
 }
 
-void step(PyEngine& self, const StepPlanHandle& plan) {
+void engine_step(PyEngine& self, const StepPlanHandle& plan) {
   const std::span<const TransferId> wait_for = plan.plan().wait_for;
   if (wait_for.empty()) return enter(self, [](TransferEngine& engine) { engine.step({}); });
   enter_long(self, [&](TransferEngine& engine) { engine.step(wait_for); });
@@ -71,22 +71,22 @@ void poll(PyEngine& self, py::list told) {
   }
 }
 
-TransferId id_of(std::int64_t transfer) { return TransferId{transfer}; }
+TransferId transfer_id(std::int64_t transfer) { return TransferId{transfer}; }
 
 void bind_engine_class(py::module_& m) {
   py::class_<PyEngine>(
       m, "TransferEngine", py::is_final(),
       "Carries out transfer plans on a device. Keeps `owner`, whose memory it is, alive.")
-      .def(py::init(&make), py::arg("device"), py::arg("regions"), py::arg("num_device_blocks"),
-           py::arg("num_host_blocks"), py::kw_only(), py::arg("max_in_flight") = 8,
-           py::arg("owner") = py::none())
+      .def(py::init(&make_engine), py::arg("device"), py::arg("regions"),
+           py::arg("num_device_blocks"), py::arg("num_host_blocks"), py::kw_only(),
+           py::arg("max_in_flight") = 8, py::arg("owner") = py::none())
       .def(
           "submit",
           [](PyEngine& self, const TransferPlan& plan) {
             enter(self, [&](TransferEngine& engine) { engine.submit(plan); });
           },
           py::arg("plan"), "Queue a plan behind all that the caller's stream was given.")
-      .def("step", &step, py::arg("plan"),
+      .def("step", &engine_step, py::arg("plan"),
            "Make the caller's stream wait for what a step has to wait for.")
       .def(
           "follow", [](PyEngine& self) { enter(self, [](TransferEngine& e) { e.follow(); }); },
@@ -96,13 +96,13 @@ void bind_engine_class(py::module_& m) {
       .def(
           "wait",
           [](PyEngine& self, std::int64_t transfer) {
-            enter_long(self, [&](TransferEngine& engine) { engine.wait(id_of(transfer)); });
+            enter_long(self, [&](TransferEngine& engine) { engine.wait(transfer_id(transfer)); });
           },
           py::arg("transfer"), "Return when a transfer has ended, which poll() tells.")
       .def(
           "cancel",
           [](PyEngine& self, std::int64_t transfer) {
-            return enter(self, [&](TransferEngine& e) { return e.cancel(id_of(transfer)); });
+            return enter(self, [&](TransferEngine& e) { return e.cancel(transfer_id(transfer)); });
           },
           py::arg("transfer"), "False: its copies have begun, or ended.")
       .def(
@@ -112,7 +112,7 @@ void bind_engine_class(py::module_& m) {
       .def(
           "in_flight",
           [](const PyEngine& self, std::int64_t transfer) {
-            return self.engine->in_flight(id_of(transfer));
+            return self.engine->in_flight(transfer_id(transfer));
           },
           py::arg("transfer"), "Whether poll() has still to tell its end.")
       .def_property_readonly("num_in_flight",

@@ -27,9 +27,9 @@ void check_memory(const Config& config) {
                     " GiB, more than this machine's memory");
 }
 
-PyManager make(const py::object& num_device_blocks, const py::object& num_host_blocks,
-               const py::object& block_size, const py::object& max_batch,
-               const py::object& max_model_len, const py::object& watermark) {
+PyManager make_manager(const py::object& num_device_blocks, const py::object& num_host_blocks,
+                       const py::object& block_size, const py::object& max_batch,
+                       const py::object& max_model_len, const py::object& watermark) {
   Config config;
   config.num_device_blocks = int_argument("num_device_blocks", num_device_blocks);
   config.num_host_blocks = int_argument("num_host_blocks", num_host_blocks);
@@ -135,7 +135,7 @@ void bind_manager(py::module_& m) {
   py::class_<PyManager> cls(
       m, "BlockManager", py::is_final(),
       "The control plane: which block holds which tokens of which sequence. No tensors.");
-  cls.def(py::init(&make), py::arg("num_device_blocks"), py::arg("num_host_blocks") = 0,
+  cls.def(py::init(&make_manager), py::arg("num_device_blocks"), py::arg("num_host_blocks") = 0,
           py::arg("block_size") = 16, py::kw_only(), py::arg("max_batch") = 256,
           py::arg("max_model_len") = py::none(), py::arg("watermark") = 0);
   const auto config = [&cls](const char* name, auto member) {

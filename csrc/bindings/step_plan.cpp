@@ -192,7 +192,7 @@ bool equal(const StepPlanHandle& a, const StepPlanHandle& b) {
   return true;
 }
 
-std::string repr(const StepPlanHandle& handle) {
+std::string repr_of_step(const StepPlanHandle& handle) {
   if (handle.state && handle.state->core->plan().step != handle.step) {
     return "<StepPlan step=" + std::to_string(handle.step) + " stale>";
   }
@@ -229,7 +229,7 @@ void bind_step_plan(py::module_& m) {
     return py::bool_(equal(a, b.cast<const StepPlanHandle&>()));
   });
   cls.attr("__hash__") = py::none();
-  cls.def("__repr__", &repr);
+  cls.def("__repr__", &repr_of_step);
   // A pickle is the call that makes the value.
   cls.def(py::init<std::int64_t, std::int64_t, py::tuple>());
   cls.def("__reduce__", [](const py::object& self) {

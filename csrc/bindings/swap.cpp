@@ -74,7 +74,7 @@ TransferPlan plan_from(std::int64_t id, bool to_device, const py::bytes& copies,
           from_bytes<TransferId>(wait_for), after};
 }
 
-std::string repr(const TransferPlan& plan) {
+std::string repr_of_transfer(const TransferPlan& plan) {
   return "<TransferPlan id=" + std::to_string(static_cast<std::int64_t>(plan.id)) +
          " direction=" + (plan.target == Tier::device ? "in" : "out") +
          " num_copies=" + std::to_string(plan.copies.size()) + ">";
@@ -100,7 +100,7 @@ void bind_transfer_plan(py::module_& m) {
     return py::bool_(state_of(a).equal(state_of(b.cast<const TransferPlan&>())));
   });
   cls.def("__hash__", [](const TransferPlan& p) { return py::hash(state_of(p)); });
-  cls.def("__repr__", &repr);
+  cls.def("__repr__", &repr_of_transfer);
   // A pickle is the call that makes the value.
   cls.def(py::init(&plan_from));
   cls.def("__reduce__", [](const py::object& self) {

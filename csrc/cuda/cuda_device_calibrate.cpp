@@ -4,12 +4,9 @@
 #include <vector>
 
 #include "cuda/cuda_device.h"
+#include "cuda/cuda_error.h"
 
 namespace pagedkv {
-
-namespace {
-constexpr int kOutOfMemory = 2;  // cudaErrorMemoryAllocation
-}
 
 // Pieces as a pool in layers has them: apart on the device, neighbours in host memory. The runs are
 // sorted by host address.

@@ -8,7 +8,7 @@ namespace {
 
 const char* what_to_do(int code) {
   switch (code) {
-    case 2: return "free device memory, or give this cache less";
+    case kOutOfMemory: return "free device memory, or give this cache less";
     case 35: return "update the NVIDIA driver: this build needs a newer one (`pagedkv info` tells)";
     case 46:
     case 101: return "use a device that is free and that exists";

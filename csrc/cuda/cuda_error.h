@@ -7,6 +7,9 @@
 
 namespace pagedkv {
 
+inline constexpr int kOutOfMemory = 2;
+inline constexpr int kIllegalAddress = 700;
+
 // A code after which nothing on this device works any more in this process.
 bool is_sticky(int code);
 

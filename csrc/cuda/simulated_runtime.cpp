@@ -17,10 +17,8 @@ namespace pagedkv {
 namespace {
 
 constexpr int kInvalidValue = 1;
-constexpr int kOutOfMemory = 2;
 constexpr int kInvalidDevice = 101;
 constexpr int kInvalidHandle = 400;
-constexpr int kIllegalAddress = 700;
 constexpr int kCaptureUnsupported = 900;
 constexpr FenceSite kSite = FenceSite::transfer_after_transfer;
 

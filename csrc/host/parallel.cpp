@@ -13,12 +13,12 @@ namespace pagedkv {
 
 namespace {
 
-using Work = std::function<void(std::int64_t, int)>;
+using Turn = std::function<void(std::int64_t, int)>;
 
 class Helpers {
  public:
   // False where another loop has them, or they are of the process that this one was forked from.
-  bool run(int num_helpers, std::int64_t count, const Work& work) {
+  bool run(int num_helpers, std::int64_t count, const Turn& work) {
     if (getpid() != process_ || busy_.test_and_set(std::memory_order_acquire)) return false;
     {
       const std::lock_guard lock(mutex_);
@@ -76,14 +76,14 @@ class Helpers {
   int num_started_ = 0;
   int num_wanted_ = 0;  // helpers with a number up to this one are asked to join
   int num_working_ = 0;
-  const Work* work_ = nullptr;
+  const Turn* work_ = nullptr;
   std::int64_t count_ = 0;
   std::atomic<std::int64_t> next_ = 0;
 };
 
 }  // namespace
 
-void parallel_for(int num_threads, std::int64_t count, const Work& work) {
+void parallel_for(int num_threads, std::int64_t count, const Turn& work) {
   // Never destroyed: its threads sleep in it until the process ends.
   static Helpers& helpers = *new Helpers;
   const int num_helpers = static_cast<int>(std::min<std::int64_t>(num_threads, count)) - 1;

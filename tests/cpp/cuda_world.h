@@ -9,12 +9,10 @@
 #include <string>
 
 #include "cuda/cuda_device.h"
+#include "cuda/cuda_error.h"
 #include "cuda/simulated_runtime.h"
 
 namespace pagedkv {
-
-inline constexpr int kOutOfMemory = 2;
-inline constexpr int kIllegalAddress = 700;
 
 // Sanitizers touch all of it.
 inline const CudaOptions kSmall{.pinned = {.chunk_bytes = 8192, .ahead = false},
