@@ -20,7 +20,7 @@ failed=0
 part() {
   local begin=$SECONDS status
   printf '\n== %s\n' "$1" | tee -a "$out/log.txt"
-  if timeout --kill-after=10 "$2" bash -o pipefail -c '"$@"' - "${@:3}" >"$work/part.log" 2>&1; then
+  if timeout --foreground --kill-after=10 "$2" bash -o pipefail -c '"$@"' - "${@:3}" >"$work/part.log" 2>&1; then
     status=ok
   else
     status=FAILED failed=1
@@ -72,13 +72,13 @@ export -f build contract gpu_tests memcheck benchmarks
 
 : >"$out/parts.txt" >"$out/log.txt"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/gpu.txt"
-part build 240 build
-part contract 120 contract
-part tests 120 gpu_tests test_gpu.py test_graphs.py test_ops.py test_fp8.py test_package.py
-part benchmarks 150 benchmarks
-part attention 180 gpu_tests test_attention_kernels.py
-part demo 60 "$work/venv/bin/pagedkv" demo --model tiny --device cuda:0 --out "$out/tree.png"
-part memcheck 120 memcheck
+part build 200 build
+part contract 90 contract
+part tests 90 gpu_tests test_gpu.py test_graphs.py test_ops.py test_fp8.py test_package.py
+part benchmarks 120 benchmarks
+part attention 120 gpu_tests test_attention_kernels.py
+part demo 40 "$work/venv/bin/pagedkv" demo --model tiny --device cuda:0 --out "$out/tree.png"
+part memcheck 90 memcheck
 
 printf '\n== report: %s\n' "$out"
 cat "$out/parts.txt"

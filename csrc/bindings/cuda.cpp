@@ -92,6 +92,12 @@ void bind_device(py::module_& m) {
           "use_stream",
           [](CudaDevice& self, std::uintptr_t handle) { self.use_stream(stream_of(handle)); },
           py::arg("stream"))
+      .def(
+          "is_capturing",
+          [](CudaDevice& self, std::optional<std::uintptr_t> handle) {
+            return self.is_capturing(handle ? stream_of(*handle) : self.stream());
+          },
+          py::arg("stream") = py::none())
       .def("calibrate",
            [](CudaDevice& self) {
              const py::gil_scoped_release release;
@@ -99,7 +105,6 @@ void bind_device(py::module_& m) {
            })
       .def("copy_methods", [](CudaDevice& self) { return self.methods().table(); })
       .def_property_readonly("index", &CudaDevice::index)
-      .def_property_readonly("is_capturing", &CudaDevice::is_capturing)
       .def_property_readonly("is_simulated",
                              [](CudaDevice& self) {
                                return dynamic_cast<SimulatedRuntime*>(&self.runtime()) != nullptr;

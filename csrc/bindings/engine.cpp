@@ -91,8 +91,9 @@ void bind_engine_class(py::module_& m) {
       .def(
           "follow", [](PyEngine& self) { enter(self, [](TransferEngine& e) { e.follow(); }); },
           "Make the caller's stream continue the one that he was on before.")
-      .def("poll", &poll, py::arg("told"),
-           "Appends what has ended since: (id, why it failed or None, seconds that it copied).")
+      .def(
+          "poll", &poll, py::arg("told"),
+          "Append what has ended since: (id, why it failed or None, seconds that its copies took).")
       .def(
           "wait",
           [](PyEngine& self, std::int64_t transfer) {

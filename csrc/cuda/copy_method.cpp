@@ -42,9 +42,8 @@ bool CopyMethods::has(CopyMethod method) const {
 void CopyMethods::always(std::optional<CopyMethod> method) {
   if (method == CopyMethod::batch && !has_batch_) {
     throw InvalidSpec(
-        "copy method \"batch\" needs a CUDA 12.8 driver or later, and a GPU that reaches pinned "
-        "host "
-        "memory at the host's addresses");
+        "copy method \"batch\" needs a CUDA 12.8 driver or later, and pinned memory that the GPU "
+        "reaches at the host's addresses");
   }
   if (method == CopyMethod::kernel && !has_kernel_) {
     throw InvalidSpec("copy method \"kernel\": here kernels cannot reach pinned host memory");

@@ -72,18 +72,18 @@ void CudaDevice::check_open() const {
 }
 
 // An event in a capture is a part of the graph, and asking for one that is not breaks the capture.
-bool CudaDevice::is_capturing() {
+bool CudaDevice::is_capturing(CudaStream stream) {
   if (!is_open()) return false;
   const Guard guard(*this, std::nothrow);  // the legacy stream is the current device's
   bool capturing = false;
-  const int code = runtime_->is_capturing(stream_, &capturing);
+  const int code = runtime_->is_capturing(stream, &capturing);
   if (!is_sticky(code)) check(code, "cudaStreamIsCapturing");
   note_if_lost(code, "cudaStreamIsCapturing");  // whose next call tells
   return capturing && is_open();
 }
 
 void CudaDevice::check_not_capturing() {
-  if (!is_capturing()) return;
+  if (!is_capturing(stream_)) return;
   throw DeviceError(
       "the current stream is being captured into a CUDA graph: begin and end steps, and move "
       "blocks, outside of the capture");
@@ -177,7 +177,7 @@ Status CudaDevice::settle(EventState& state, int code, const char* call) {
 Status CudaDevice::poll(Event event) {
   check_open();
   EventState& state = find(event);
-  if (state.status != Status::pending || is_capturing()) return state.status;
+  if (state.status != Status::pending || is_capturing(stream_)) return state.status;
   const Guard guard(*this);
   const int code = runtime_->query(state.event);
   return code == CudaRuntime::kNotReady ? Status::pending : settle(state, code, "cudaEventQuery");

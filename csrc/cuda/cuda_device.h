@@ -51,7 +51,7 @@ class CudaDevice final : public Device {
   // DeviceError if it is another device's.
   void use_stream(CudaStream stream);
 
-  bool is_capturing();  // the caller's stream, into a graph
+  bool is_capturing(CudaStream stream);  // of the caller's, into a graph
   Stream compute_stream() override;
   Stream make_stream() override;
   void prepare_memory(std::span<const CopyRun> runs) override;

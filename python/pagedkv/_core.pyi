@@ -522,15 +522,14 @@ class CudaDevice(Device):
     ) -> None: ...
     def use_stream(self, stream: int) -> None:
         """CUDA's handle of the stream that the caller's work is queued on from now on."""
+    def is_capturing(self, stream: int | None = None) -> bool:
+        """Whether this stream, or the one in use, is being captured into a graph."""
     def calibrate(self) -> None:
         """Measure the methods of copying, which takes a fraction of a second."""
     def copy_methods(self) -> str:
         """What was measured, by direction, size and number of pieces, and what is used."""
     @property
     def index(self) -> int: ...
-    @property
-    def is_capturing(self) -> bool:
-        """Whether the caller's stream is being captured into a graph."""
     @property
     def is_simulated(self) -> bool: ...
     @property

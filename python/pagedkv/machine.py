@@ -206,8 +206,7 @@ class CudaMachine(Machine):
         return True
 
     def is_capturing(self) -> bool:
-        self.follow()
-        return self._gpu.is_capturing
+        return self._gpu.is_capturing(torch._C._cuda_getCurrentRawStream(self._gpu.index))
 
     def write(
         self,
@@ -288,6 +287,9 @@ class SimulatedCudaMachine(CudaMachine):
     def follow(self) -> bool:
         """The caller says gpu.use_stream() himself."""
         return True
+
+    def is_capturing(self) -> bool:
+        return self._gpu.is_capturing()
 
     def hold(self, *tensors: torch.Tensor) -> None:
         self._held += tensors

@@ -133,21 +133,21 @@ class Sequences:
 
         Raises OutOfBlocks if the host tier is full, NotResident for a dropped sequence.
         """
-        return self._tiers().start(lambda: self.manager.swap_out(ids))
+        return self._tiers().start(self.manager.swap_out, ids)
 
     def swap_in(self, ids: Any) -> Transfer:
         """Move whole sequences back. They can be in a step when the transfer has ended.
 
         Raises OutOfBlocks if the device tier is full.
         """
-        return self._tiers().start(lambda: self.manager.swap_in(ids))
+        return self._tiers().start(self.manager.swap_in, ids)
 
     def fetch(self, id: int) -> Transfer:
         """Bring what the host tier has of a new sequence's prompt, beyond what create() found.
 
         num_cached() counts it at once; the sequence can be in a step when the transfer has ended.
         """
-        return self._tiers().start(lambda: self.manager.fetch(id))
+        return self._tiers().start(self.manager.fetch, id)
 
     def poll(self) -> list[Transfer]:
         """The transfers that have ended since somebody looked, as most commands do. Never blocks.
@@ -175,7 +175,7 @@ class Sequences:
         manager = self._open_manager()
         for i in _numbers(ids):
             while self._transfers and (number := manager.waits_for(i)) is not None:
-                if (transfer := self._transfers.awaited(number)) is not None:
+                if (transfer := self._transfers.numbered(number)) is not None:
                     transfer.wait()
 
     def preempt(self, ids: Any, mode: PreemptMode = "auto") -> Transfer | None:

@@ -60,7 +60,7 @@ class Step:
         self.is_applied = manager is None
         self._kv: KVCache = kv  # type: ignore[assignment]  # the only class of Steps that is made
         self._manager = manager
-        self.step_before = step_before  # the last one that was carried out before
+        self._step_before = step_before  # the last one that was carried out before
         self._open = True
         self._stale = False
         self._views: dict[str, torch.Tensor] = {}
@@ -207,15 +207,15 @@ class Step:
             self._manager.commit(self.plan, lengths)
         elif lengths is not None:
             raise InvalidSpec("lengths are for the manager that made the plan: commit them there")
-        self.close(self.plan.step)
+        self._closed(self.plan.step)
 
     def rollback(self) -> None:
         """Close the step as if it had not been."""
         if self._manager is not None:
             self._manager.rollback(self.plan)
-        self.close(self.step_before)
+        self._closed(self._step_before)
 
-    def close(self, last_step: int) -> None:
+    def _closed(self, last_step: int) -> None:
         """It is over, and `last_step` the last one that was carried out."""
         self._open = False
         self._kv._step_closed(self, last_step)

@@ -63,7 +63,7 @@ class Steps(Sequences):
         manager, step = self._open_manager(), self._step
         manager.rollback()
         if step is not None:
-            step.close(step.step_before)
+            step._closed(step._step_before)
         elif self._transfers is not None:
             self._transfers.paused = False
 
@@ -104,9 +104,7 @@ class Steps(Sequences):
         if isinstance(plan, TransferPlan):
             transfers = self._tiers()
             self._order.check_transfer(plan)
-            transfer = transfers.start(lambda: plan, is_applied=True)
-            self._order.last_transfer = plan.id
-            return transfer
+            return transfers.apply(plan, self._order)
         self._order.check_step(plan)
         self._check_blocks(plan)
         try:
@@ -121,8 +119,8 @@ class Steps(Sequences):
         size, tables, counts = self.spec.block_size, plan.block_tables, np.diff(plan.query_starts)
         if (counts < 1).any():
             raise InvalidSpec(f"step {plan.step} has rows without new tokens: no manager makes one")
-        last, newest = self.manager.num_device_blocks, int(tables.max(initial=0))
-        if newest > last or int(tables.min(initial=0)) < 0:
+        last, newest = self.manager.num_device_blocks, int(tables.view(np.uint32).max(initial=0))
+        if newest > last:
             raise InvalidSpec(
                 f"step {plan.step} has block {newest}, and this cache has blocks up to {last}: "
                 "expected a plan of a manager with at most its num_device_blocks"
@@ -143,8 +141,8 @@ class Steps(Sequences):
         if self._transfers is not None:
             self._transfers.step(plan)
         self._pool.begin_step(plan)
-        before, self._order.last_step = self._order.last_step, plan.step
-        self._step = step = Step(self, plan, manager, before)
+        step = Step(self, plan, manager, self._order.last_step)
+        self._order.last_step, self._step = plan.step, step  # at once for an interrupt
         self._last_step = weakref.ref(step)
         if self._transfers is not None:
             self._transfers.paused = manager is not None

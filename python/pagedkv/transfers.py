@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pagedkv._core import BlockManager, Device, StepPlan, TransferEngine, TransferPlan
+from pagedkv._core import Aborted, BlockManager, Device, StepPlan, TransferEngine, TransferPlan
 from pagedkv.errors import ConcurrentUse, InvalidState, KVError, TransferError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pagedkv.machine import Machine
+    from pagedkv.plan_order import PlanOrder
 
 __all__ = ["Transfer", "Transfers"]
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 
 class Transfer:
@@ -43,7 +47,6 @@ class Transfer:
         self._error: KVError | None = None
         self._cancelled = False
         self._raised = False
-        self.refusal = "it was not submitted"  # why, should the engine not know of it
         self._done = False  # the manager knows
         self.begun = time.perf_counter()
         self.ended: float | None = None
@@ -99,6 +102,11 @@ class _Gone:
 GONE: Any = _Gone()
 
 
+def _call_into(results: list[T], function: Callable[[A], T], argument: A) -> None:
+    """Appends function(argument) to `results`. An interrupt comes before or after, if it is of C."""
+    results.extend(map(function, (argument,)))
+
+
 class Transfers:
     """The transfers of one cache, and the engine that carries them out.
 
@@ -106,8 +114,8 @@ class Transfers:
     may come in: else an end would be told twice, and a plan that nobody carries out would cost its
     sequences their blocks.
 
-    An interrupt may come between any two lines. What was begun is noted before, and what has ended
-    stays noted until all have been told, so that whoever looks next takes it to its end.
+    An interrupt may come between any two lines. So what the manager and the engine say goes straight
+    into lists of what is still to be done, and whoever looks next goes on with those.
     """
 
     def __init__(
@@ -125,18 +133,20 @@ class Transfers:
         self._block_bytes = block_bytes
         self._under_way: dict[int, Transfer] = {}
         self._failed: list[Transfer] = []  # that poll() has to tell of
+        self._planned: list[TransferPlan] = []  # for the engine
         self._told: list[tuple[int, str | None, float]] = []  # by the engine, for the manager
+        self._aborted: list[Aborted] = []  # for those that it concerns: one, or none
         self._lock = threading.Lock()
-        self._is_unsettled = False  # one is being started, or an error or an interrupt came there
         self._closed = False
         self.paused = False  # while a step is open, the manager takes no ends
         self._applies: bool | None = None  # another manager's plans, since the first
+        self._order: PlanOrder | None = None  # of those
         self._copied: dict[str, tuple[int, float]] = {}  # direction -> bytes and seconds, in all
 
     def _alone(self) -> threading.Lock:
         """To be inside alone: a second thread, or a call out of an argument, is refused.
 
-        A lock itself, since an interrupt can come between a method of ours and its `with`.
+        A lock itself, which no interrupt leaves locked. A thread that comes at the same moment waits.
         """
         if self._lock.locked():
             raise ConcurrentUse(
@@ -145,43 +155,62 @@ class Transfers:
             )
         return self._lock
 
-    def start(self, make_plan: Callable[[], TransferPlan], is_applied: bool = False) -> Transfer:
-        """Start what the manager plans, once it knows what has ended.
+    def start(self, command: Callable[[A], TransferPlan], argument: A) -> Transfer:
+        """Start what `command`, of the manager, plans, once the manager knows what has ended."""
+        with self._alone():
+            self._get_ready(applies=False)
+            _call_into(self._planned, command, argument)
+            self._applies = False
+            return self._submit()
 
-        A plan that is applied is another manager's, whom somebody else tells of the end. Their
-        numbers would clash, so a cache carries out the plans of one.
+    def apply(self, plan: TransferPlan, order: PlanOrder) -> Transfer:
+        """Start what another manager has planned, whom somebody else tells of the end.
+
+        Its numbers would clash with ours, so a cache carries out the plans of one manager.
         """
         with self._alone():
-            if self._closed:
-                raise InvalidState("this cache is closed")
-            if self._machine.is_capturing():
-                raise InvalidState("a CUDA graph is being captured: no blocks are moved meanwhile")
-            self._look()
-            if self._applies not in (None, is_applied):
-                whose = "another" if self._applies else "its own"
-                raise InvalidState(f"this cache carries out the transfers of {whose} manager")
-            self._applies = is_applied
-            unsettled, self._is_unsettled = self._is_unsettled, True
-            transfer = self._submit(make_plan(), is_applied)
-            self._is_unsettled = unsettled
-            return transfer
+            self._get_ready(applies=True)
+            self._applies, self._order = True, order
+            self._planned.append(plan)
+            return self._submit()
+
+    def _get_ready(self, *, applies: bool) -> None:
+        if self._closed:
+            raise InvalidState("this cache is closed")
+        if self._machine.is_capturing():
+            raise InvalidState("a CUDA graph is being captured: no blocks are moved meanwhile")
+        self._look()
+        if self._applies not in (None, applies):
+            whose = "another" if self._applies else "its own"
+            raise InvalidState(f"this cache carries out the transfers of {whose} manager")
 
     def follow(self) -> None:
         """Within a step: the stream that the caller is on now continues the one before."""
         if self._machine.follow() and not self._machine.is_capturing():
             self.engine.follow()
 
-    def _submit(self, plan: TransferPlan, is_applied: bool) -> Transfer:
-        transfer = Transfer(self, plan, plan.num_copies * self._block_bytes)
-        self._under_way[plan.id] = transfer
-        try:
-            self._machine.follow()
-            self.engine.submit(plan)
-        except Exception as error:
-            transfer.refusal += f", {error!r}"
-            if is_applied:  # who called is told, and may come again
-                del self._under_way[plan.id]
-            raise
+    def _submit(self) -> Transfer:
+        """Hand the engine all that is planned; returns the last one."""
+        while self._planned:
+            plan = self._planned[0]
+            transfer = self._under_way.get(plan.id)
+            if transfer is None:
+                transfer = Transfer(self, plan, plan.num_copies * self._block_bytes)
+                self._under_way[plan.id] = transfer
+            try:
+                if not self.engine.in_flight(plan.id):
+                    self._machine.follow()
+                    self.engine.submit(plan)
+            except Exception as error:
+                del self._planned[0]
+                if self._applies:  # who called is told
+                    del self._under_way[plan.id]
+                else:  # the manager waits for an end
+                    self._told.append((plan.id, f"it was not submitted, {error!r}", 0.0))
+                raise
+            if self._order is not None:
+                self._order.last_transfer = plan.id
+            del self._planned[0]
         self._machine.warn()
         return transfer
 
@@ -195,19 +224,19 @@ class Transfers:
 
     def look(self) -> list[Transfer]:
         """Tell the manager of all that has ended, and return it. Nobody is waited for."""
-        if not self._under_way and not self._is_unsettled:
+        if not self._under_way and not self._planned:
             return []
         with self._alone():
             return self._look()
 
     def _look(self) -> list[Transfer]:
-        if not self._under_way and not self._is_unsettled:
+        if not self._under_way and not self._planned:
             return []
         if self._machine.is_capturing():  # to ask would end the capture
             return []
+        if self._planned:
+            self._submit()
         self.engine.poll(self._told)
-        if self._is_unsettled and not self.paused:
-            self._is_unsettled = not self._settle()
         for number, _, seconds in self._told:
             self._under_way[number].note_end(seconds)
         ended = []
@@ -220,30 +249,13 @@ class Transfers:
             del self._told[0], self._under_way[number]
         return ended
 
-    def _settle(self) -> bool:
-        """Give up what never reached the engine; False: not all, since it ends after others."""
-        told, settled = {number for number, _, _ in self._told}, True
-        for number, transfer in list(self._under_way.items()):
-            if number in told or self.engine.in_flight(number):
-                continue
-            if self._applies:
-                del self._under_way[number]
-            elif number == next(iter(self._under_way)):
-                self._told.append((number, transfer.refusal, 0.0))
-            else:
-                settled = False
-        for number in () if self._applies else self._manager.transfers().tolist():
-            if number < next(iter(self._under_way), number + 1):  # nobody has its plan
-                self._manager.abort(number)
-            elif number not in self._under_way:
-                settled = False
-        return settled
-
-    def awaited(self, number: int) -> Transfer | None:
-        """The transfer with this id; if it was given up, the one that it is settled behind."""
+    def numbered(self, number: int) -> Transfer | None:
+        """The transfer under way with this id; None if it has just ended."""
         if number not in self._under_way:
             self.look()
-        return self._under_way.get(number, next(iter(self._under_way.values()), None))
+        if number not in self._under_way and number in self._manager.transfers():
+            raise InvalidState(f"transfer {number} is none that this cache carries out")
+        return self._under_way.get(number)
 
     def under_way(self) -> list[Transfer]:
         """What was not seen to end yet, in the order of submission."""
@@ -287,7 +299,7 @@ class Transfers:
             if is_awaited:
                 self._manager.complete(transfer.id)
             self._measure(transfer)
-        elif is_awaited:
+        elif is_awaited or self._aborted:
             self._fail(transfer, why)
         elif transfer._error is None:
             transfer._error = TransferError(f"transfer {transfer.id} failed: {why}")
@@ -313,7 +325,9 @@ class Transfers:
         return num_bytes / seconds
 
     def _fail(self, transfer: Transfer, why: str) -> None:
-        aborted = self._manager.abort(transfer.id)
+        if not self._aborted:
+            _call_into(self._aborted, self._manager.abort, transfer.id)
+        aborted = self._aborted[0]
         lost: dict[int, list[int]] = {}
         for i, number in zip(aborted.sequences.tolist(), aborted.waited_for.tolist(), strict=True):
             lost.setdefault(number, []).append(i)
@@ -332,10 +346,11 @@ class Transfers:
                 f"transfer {number} is void: transfer {transfer.id}, which it needed, failed"
             )
             self._note_failure(dependent)
+        self._aborted.clear()
 
     def _note_failure(self, transfer: Transfer) -> None:
         """For poll() to raise, unless somebody asked for it."""
-        if not transfer._cancelled:
+        if not transfer._cancelled and transfer not in self._failed:
             self._failed.append(transfer)
 
     def raise_error_of(self, transfer: Transfer) -> None:

@@ -5,6 +5,7 @@ Each command is run again and again, with the interrupt one line further on each
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +29,9 @@ DEVICES: dict[str, Callable[[], Any]] = {
     "simulated": lambda: SimulatedDevice(0, schedule="lazy"),
     "cuda": lambda: CudaDevice(SimulatedCuda(0, schedule="lazy")),
 }
+
+
+OTHERS: list[int] = []  # sequences that a command below makes for itself
 
 
 class Interrupt:
@@ -87,6 +91,20 @@ def chain(kv: pk.KVCache, ids: Any) -> None:
     kv.wait(ids)
 
 
+def crowded(kv: pk.KVCache, ids: Any) -> None:
+    """Steps that take the blocks of transfers that are still under way."""
+    kv.swap_out(ids[:1])
+    kv.swap_out(ids[1:])
+    OTHERS[:] = [kv.create()]
+    with kv.step(OTHERS, [1] * 44, counts=[44]):
+        pass
+    kv.release(OTHERS)
+    back = kv.swap_in(ids[1:])
+    kv.resume(ids)
+    back.wait()
+    kv.wait(ids)
+
+
 def cancel(kv: pk.KVCache, ids: Any) -> None:
     out = kv.swap_out(ids)
     out.cancel()
@@ -111,7 +129,7 @@ def beside(kv: pk.KVCache, ids: Any) -> None:
 
 
 @pytest.mark.parametrize("device", list(DEVICES))
-@pytest.mark.parametrize("work", [step, swap, chain, cancel, recompute, beside])
+@pytest.mark.parametrize("work", [step, swap, chain, crowded, cancel, recompute, beside])
 def test_a_cache_that_was_interrupted_works(work: Callable[..., None], device: str) -> None:
     for n in range(1, 10_000):
         with pk.KVCache(
@@ -124,6 +142,49 @@ def test_a_cache_that_was_interrupted_works(work: Callable[..., None], device: s
             came = interrupt.run(lambda: work(kv, ids))  # noqa: B023
             kv.rollback()
             usable(kv, ids)
+        if not came:
+            return
+    pytest.fail("there is no end to it")
+
+
+@pytest.mark.parametrize("device", list(DEVICES))
+def test_a_worker_that_was_interrupted_carries_out_all_of_it(device: str) -> None:
+    """It applies again what it cannot know to have applied; a plan that it has, it says so of."""
+
+    def apply(kv: pk.KVCache, plan: Any) -> None:
+        if isinstance(plan, pk.StepPlan):
+            with kv.apply(plan) as open_step:
+                k = torch.arange(plan.num_tokens * 8.0).reshape(-1, 1, 8)
+                kv.write(0, k, k, open_step)
+        else:
+            kv.apply(plan).wait()
+
+    for n in range(1, 10_000):
+        manager = pk.BlockManager(12, 12, block_size=4)
+        id = manager.create([5, 6, 7, 8, 9])
+        with pk.KVCache(
+            SPEC, device=DEVICES[device](), num_device_blocks=12, num_host_blocks=12
+        ) as kv:
+            came, interrupt = False, Interrupt(n)
+            for command in ("step", "swap_out", "swap_in", "step"):
+                if command == "step":
+                    plan: Any = manager.append([id], [5, 6, 7, 8, 9], [5])
+                else:
+                    plan = getattr(manager, command)([id])
+                value = pickle.loads(pickle.dumps(plan))
+                if not came and interrupt.run(lambda: apply(kv, value)):  # noqa: B023
+                    came = True
+                    kv.rollback()
+                    with suppress(pk.InvalidState):
+                        apply(kv, value)
+                elif came:
+                    apply(kv, value)
+                while kv.under_way() or kv.poll():
+                    kv.poll()
+                manager.commit(plan) if command == "step" else manager.complete(plan)
+            with kv.apply(manager.append([id], [1])) as open_step:
+                keys = kv.gather(0, open_step)[0][0, 0, :, 0].tolist()
+            assert keys[:10] == [0, 8, 16, 24, 32] * 2
         if not came:
             return
     pytest.fail("there is no end to it")
@@ -150,6 +211,7 @@ def test_rows_that_were_interrupted_work() -> None:
             cache = PagedCache(kv)
             came = Interrupt(n).run(lambda: work(cache))  # noqa: B023
             cache.reset()
+            assert kv.stats().device.num_active == 0
             forward(cache, 2, 5)
             keys = forward(cache, 2, 1)
             assert keys[0, 0, :, 0].tolist() == [0, 8, 16, 24, 32, 0]
@@ -162,9 +224,14 @@ def test_rows_that_were_interrupted_work() -> None:
 
 def usable(kv: pk.KVCache, ids: Any) -> None:
     """All that was begun comes to an end, and all commands do what they do in a new cache."""
+    with suppress(pk.UnknownSequence):
+        kv.release(OTHERS)
+    OTHERS.clear()
     for id in ids.tolist():
         with suppress(pk.TransferError):
             kv.wait([id])
+    with suppress(pk.TransferError):
+        kv.poll()
     for transfer in kv.under_way():
         with suppress(pk.TransferError):
             transfer.wait()

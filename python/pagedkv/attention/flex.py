@@ -99,9 +99,9 @@ def kernel(compiled: bool) -> Callable[..., torch.Tensor]:
 def compile_kernel(**options: Any) -> Callable[..., torch.Tensor]:
     """FlexAttention, compiled with these options of torch.compile(), and never run uncompiled.
 
-    Uncompiled it computes the scores of the whole pool: torch goes on so, with a warning, behind a
-    limit of 8 variants (a window or none, a softcap or none, one row or more, one new token or
-    more). Before torch 2.13, whose limit alone can be raised here, it raises there.
+    Uncompiled it computes the scores of the whole pool. torch goes on so, with a warning, behind a
+    limit of 8 variants: a window or none, a softcap or none, one row or more, one new token or
+    more. Here it raises, and the limit is MOST_VARIANTS, where torch lets it be set (from 2.13 on).
     """
     from torch.nn.attention.flex_attention import flex_attention
 

@@ -46,12 +46,14 @@ def skip_held(inputs: dict[str, Any], length: int) -> dict[str, Any]:
     ids, positions, mask = (
         inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask")
     )
-    if not isinstance(ids, torch.Tensor) or not 0 < length < ids.shape[1] or positions is None:
+    if not all(isinstance(t, torch.Tensor) and t.ndim == 2 for t in (ids, positions)):
         return inputs
-    if (mask is not None and mask.shape[-1] != ids.shape[1]) or bool(positions[:, 0].any()):
+    is_whole = mask is None or getattr(mask, "shape", None) == ids.shape
+    if not 0 < length < ids.shape[1] or not is_whole or bool(positions[:, 0].any()):
         return inputs
-    cut = [name for name in _ROW_INPUTS if name != "attention_mask" and name in inputs]
-    return {**inputs, **{n: inputs[n][:, length:] for n in cut if inputs[n] is not None}}
+    cut = ["input_ids", "position_ids", "token_type_ids", "cache_position"]
+    found = {n: inputs[n] for n in cut if isinstance(inputs.get(n), torch.Tensor)}
+    return {**inputs, **{n: tensor[..., length:] for n, tensor in found.items()}}
 
 
 def fold_rows(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.cache import KVCache
-from pagedkv.errors import InvalidSpec, InvalidState, NotResident, TransferError
+from pagedkv.errors import (
+    InvalidSpec,
+    InvalidState,
+    NotResident,
+    TransferError,
+    UnknownSequence,
+)
 from pagedkv.spec import DTYPE_BYTES
 from pagedkv.step import Step
 from pagedkv.transfers import Transfer
@@ -66,6 +73,7 @@ class Rows:
         self.kv = kv
         self.open_step: OpenStep | None = None
         self._made: _Ids | None = None  # while a step is opened: sequences that are for it alone
+        self._unused: list[int] = []  # sequences that are to be released
         self.num_hit_tokens = 0
         self.dense_peak_bytes = 0
         self._forget()
@@ -127,6 +135,12 @@ class Rows:
         self.ids, self._made = ids, None
         return self.open_step
 
+    def check_prompt(self, input_ids: _Ids) -> None:
+        """Raises InvalidState unless [B, T] begins as start()'s prompt does, if there was one."""
+        prompt = self._prompt
+        if prompt is not None and (input_ids != prompt[:, : input_ids.shape[1]]).any():
+            raise InvalidState("start() was given another prompt: call reset() and start again")
+
     def _tokens(
         self, batch: int, count: int, input_ids: _Ids | None, knows_prompt: bool
     ) -> _Ids | None:
@@ -162,13 +176,24 @@ class Rows:
         failed, made = self.open_step, self._made
         if failed is not None:
             made, self.ids = failed.made, failed.before
-        if made is None:
+        if made is not None:
+            if failed is None or failed.step.is_open:
+                self.kv.rollback()
+            self.kv.truncate(self.ids, np.full(len(self.ids), self.length))  # had it been committed
+            unused = made.tolist()
+            self._unused, self.open_step, self._made = unused, None, None
+        self._release_unused()
+
+    def _release_unused(self) -> None:
+        if not self._unused:
             return
-        if failed is None or failed.step.is_open:
-            self.kv.rollback()
-        self.kv.truncate(self.ids, np.full(len(self.ids), self.length))  # had it been committed
-        self.kv.release(made)
-        self.open_step = self._made = None
+        try:
+            self.kv.release(self._unused)
+        except UnknownSequence:  # an interrupt came between, and they are gone
+            for row in self._unused:
+                with suppress(UnknownSequence):
+                    self.kv.release([row])
+        self._unused = []
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -191,8 +216,9 @@ class Rows:
         counts = np.bincount(parents, minlength=len(rows))
         for parent in np.flatnonzero(counts):
             selected[parents == parent] = self.kv.fork(int(rows[parent]), int(counts[parent]))
-        self.ids = selected
-        self.kv.release(rows[counts == 0])
+        unused = rows[counts == 0].tolist()
+        self.ids, self._unused = selected, unused  # at once for an interrupt
+        self._release_unused()
 
     def truncate(self, length: int) -> None:
         self.rollback()
@@ -240,10 +266,10 @@ class Rows:
 
     def release(self) -> None:
         self.rollback()
-        ids = self.ids
-        self._forget()  # first: after an interrupt nobody asks for what is gone
-        if len(ids):
-            self.kv.release(ids)
+        unused = self.ids.tolist()
+        self.ids, self._unused = _NONE, unused
+        self._forget()
+        self._release_unused()
 
     # -- requests --------------------------------------------------------------------------------
 

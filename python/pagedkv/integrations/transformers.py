@@ -316,7 +316,9 @@ class PagedCache(Cache, Attached):
         """Fold the rows of a forward, and choose how it attends."""
         self._rows.rollback()
         forward = self._forward = Forward(attached=True)
-        inputs = skip_held(inputs, self._rows.length)
+        whole, inputs = inputs, skip_held(inputs, self._rows.length)
+        if inputs is not whole:
+            self._rows.check_prompt(whole["input_ids"].cpu().numpy())
         folded = fold_rows(inputs, len(self._rows))
         if folded is not None:
             forward.batch = inputs["input_ids"].shape[0]
