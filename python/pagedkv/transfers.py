@@ -103,7 +103,7 @@ GONE: Any = _Gone()
 
 
 def _call_into(results: list[T], function: Callable[[A], T], argument: A) -> None:
-    """Appends function(argument) to `results`. An interrupt comes before or after, if it is of C."""
+    """Appends function(argument), where no interrupt comes in between if the function is of C."""
     results.extend(map(function, (argument,)))
 
 
@@ -114,8 +114,8 @@ class Transfers:
     may come in: else an end would be told twice, and a plan that nobody carries out would cost its
     sequences their blocks.
 
-    An interrupt may come between any two lines. So what the manager and the engine say goes straight
-    into lists of what is still to be done, and whoever looks next goes on with those.
+    An interrupt may come between any two lines. So what the manager and the engine say goes
+    straight into lists of what is still to be done, and whoever looks next goes on with those.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Transfers:
     def _alone(self) -> threading.Lock:
         """To be inside alone: a second thread, or a call out of an argument, is refused.
 
-        A lock itself, which no interrupt leaves locked. A thread that comes at the same moment waits.
+        A lock itself, which no interrupt leaves locked. Who comes at the same moment waits.
         """
         if self._lock.locked():
             raise ConcurrentUse(
@@ -193,10 +193,9 @@ class Transfers:
         """Hand the engine all that is planned; returns the last one."""
         while self._planned:
             plan = self._planned[0]
-            transfer = self._under_way.get(plan.id)
-            if transfer is None:
-                transfer = Transfer(self, plan, plan.num_copies * self._block_bytes)
-                self._under_way[plan.id] = transfer
+            num_bytes = plan.num_copies * self._block_bytes
+            transfer = self._under_way.get(plan.id) or Transfer(self, plan, num_bytes)
+            self._under_way[plan.id] = transfer
             try:
                 if not self.engine.in_flight(plan.id):
                     self._machine.follow()

@@ -128,6 +128,9 @@ def test_assisted_decoding_goes_on_from_what_the_cache_holds(assistant: str) -> 
             found = generate(model, cache, request, **helper)
             assert found.tolist() == dense(model, request).tolist()
             cache.finish()
+        cache.start(ids)
+        with pytest.raises(InvalidState, match="given another prompt"):
+            generate(model, cache, other_tail(ids, 3), **helper)
 
 
 def test_a_request_hits_the_answer_of_an_earlier_one() -> None:

@@ -46,13 +46,15 @@ def skip_held(inputs: dict[str, Any], length: int) -> dict[str, Any]:
     ids, positions, mask = (
         inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask")
     )
-    if not all(isinstance(t, torch.Tensor) and t.ndim == 2 for t in (ids, positions)):
+    if not isinstance(ids, torch.Tensor) or not isinstance(positions, torch.Tensor):
         return inputs
     is_whole = mask is None or getattr(mask, "shape", None) == ids.shape
-    if not 0 < length < ids.shape[1] or not is_whole or bool(positions[:, 0].any()):
+    if positions.ndim != 2 or not is_whole or not 0 < length < ids.shape[1]:
         return inputs
-    cut = ["input_ids", "position_ids", "token_type_ids", "cache_position"]
-    found = {n: inputs[n] for n in cut if isinstance(inputs.get(n), torch.Tensor)}
+    if bool(positions[:, 0].any()):
+        return inputs
+    names = ("input_ids", "position_ids", "token_type_ids", "cache_position")
+    found = {n: inputs[n] for n in names if isinstance(inputs.get(n), torch.Tensor)}
     return {**inputs, **{n: tensor[..., length:] for n, tensor in found.items()}}
 
 

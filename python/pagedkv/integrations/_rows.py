@@ -22,6 +22,7 @@ from pagedkv.transfers import Transfer
 
 _Ids = NDArray[np.int64]
 _NONE: _Ids = np.empty(0, np.int64)
+_OTHER_PROMPT = "start() was given another prompt: call reset() and start again"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Rows:
         self.kv = kv
         self.open_step: OpenStep | None = None
         self._made: _Ids | None = None  # while a step is opened: sequences that are for it alone
+        self._forks: list[_Ids] = []  # made, and not used yet
         self._unused: list[int] = []  # sequences that are to be released
         self.num_hit_tokens = 0
         self.dense_peak_bytes = 0
@@ -117,14 +119,15 @@ class Rows:
             ids = before
         elif batch % len(before) == 0:
             fan_out = batch // len(before)
-            forks = np.stack([self.kv.fork(int(row), fan_out) for row in before])
+            forks = np.stack(self._fork(before, np.full(len(before), fan_out)))
             ids, made = forks.reshape(-1), forks[:, 1:].reshape(-1)
         else:
             raise InvalidSpec(
                 f"a batch of {batch} cannot continue the {len(before)} rows of the cache: use "
                 "batch_select_indices() to choose rows, or finish() or reset() for a new request"
             )
-        self._made = made  # after an interrupt, which may lose the step, rollback() knows of it
+        # After an interrupt, which may lose the step, rollback() knows of them.
+        self._made, self._forks = made, []
         try:
             step = self.kv.step(ids, tokens, counts=np.full(batch, count))
         except Exception:
@@ -136,10 +139,10 @@ class Rows:
         return self.open_step
 
     def check_prompt(self, input_ids: _Ids) -> None:
-        """Raises InvalidState unless [B, T] begins as start()'s prompt does, if there was one."""
-        prompt = self._prompt
-        if prompt is not None and (input_ids != prompt[:, : input_ids.shape[1]]).any():
-            raise InvalidState("start() was given another prompt: call reset() and start again")
+        """Raises InvalidState unless [B, T] begins with what the rows hold of start()'s prompt."""
+        prompt, held = self._prompt, slice(self.length)
+        if prompt is not None and not np.array_equal(input_ids[:, held], prompt[:, held]):
+            raise InvalidState(_OTHER_PROMPT)
 
     def _tokens(
         self, batch: int, count: int, input_ids: _Ids | None, knows_prompt: bool
@@ -153,7 +156,7 @@ class Rows:
             if input_ids is None and knows_prompt and prompt.shape[1] == count:
                 return prompt.reshape(-1)
             if input_ids is not None and (input_ids[:, : prompt.shape[1]] != prompt).any():
-                raise InvalidState("start() was given another prompt: call reset() and start again")
+                raise InvalidState(_OTHER_PROMPT)
         return None if input_ids is None else np.ascontiguousarray(input_ids).reshape(-1)
 
     def commit(self, dense_batch: int | None = None) -> None:
@@ -173,6 +176,9 @@ class Rows:
 
     def rollback(self) -> None:
         """Drop an open step, if there is one, and the rows made for it."""
+        if self._forks:
+            unused = [i for ids in self._forks for i in ids[1:].tolist()] + self._unused
+            self._unused, self._forks = unused, []
         failed, made = self.open_step, self._made
         if failed is not None:
             made, self.ids = failed.made, failed.before
@@ -180,9 +186,14 @@ class Rows:
             if failed is None or failed.step.is_open:
                 self.kv.rollback()
             self.kv.truncate(self.ids, np.full(len(self.ids), self.length))  # had it been committed
-            unused = made.tolist()
+            unused = made.tolist() + self._unused
             self._unused, self.open_step, self._made = unused, None, None
         self._release_unused()
+
+    def _fork(self, rows: _Ids, counts: _Ids) -> list[_Ids]:
+        """counts[i] ids for rows[i], itself the first. No interrupt comes before they are noted."""
+        self._forks.extend(map(self.kv.manager.fork, rows.tolist(), counts.tolist()))
+        return self._forks
 
     def _release_unused(self) -> None:
         if not self._unused:
@@ -214,10 +225,11 @@ class Rows:
             return
         selected = np.empty_like(parents)
         counts = np.bincount(parents, minlength=len(rows))
-        for parent in np.flatnonzero(counts):
-            selected[parents == parent] = self.kv.fork(int(rows[parent]), int(counts[parent]))
+        kept = np.flatnonzero(counts)
+        for parent, ids in zip(kept, self._fork(rows[kept], counts[kept]), strict=True):
+            selected[parents == parent] = ids
         unused = rows[counts == 0].tolist()
-        self.ids, self._unused = selected, unused  # at once for an interrupt
+        self.ids, self._unused, self._forks = selected, unused, []  # at once for an interrupt
         self._release_unused()
 
     def truncate(self, length: int) -> None:
