@@ -261,9 +261,15 @@ class Meddled:
         self.raised: list[BaseException] = []
 
     def __getattr__(self, name: str) -> Any:
-        if name == self._command:
+        found = getattr(self._manager, name)
+        if name != self._command:
+            return found
+
+        def met(argument: Any) -> Any:
             self.raised += from_another_thread(self._meanwhile)
-        return getattr(self._manager, name)
+            return found(argument)
+
+        return met
 
 
 @pytest.mark.parametrize("call", ["poll", "done", "wait", "cancel", "swap", "close"])
