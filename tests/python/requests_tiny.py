@@ -44,8 +44,8 @@ def other_tail(ids: torch.Tensor, begin: int) -> torch.Tensor:
 
 
 def generate(model: Any, cache: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    options.setdefault("do_sample", False)
-    return tiny.generate(model, cache, input_ids=ids, eos_token_id=None, **options)
+    options = {"do_sample": False, "eos_token_id": None, **options}
+    return tiny.generate(model, cache, input_ids=ids, **options)
 
 
 def dense(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
