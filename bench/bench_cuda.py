@@ -241,9 +241,8 @@ class Bench:
         on_gpu = self.device.type == "cuda"
         most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 3
         num_bytes = 64 * MIB if self.quick else min(self.host_gib << 30, most)
-        num_bytes = 1 << (
-            num_bytes.bit_length() - 1
-        )  # torch pins a power of two, whatever it is asked
+        # torch pins a power of two, whatever it is asked.
+        num_bytes = 1 << (num_bytes.bit_length() - 1)
         begin = time.perf_counter()
         memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
         if not on_gpu:

@@ -31,8 +31,9 @@ CudaDevice::Guard::~Guard() {
 CudaDevice::CudaDevice(std::shared_ptr<CudaRuntime> runtime, const CudaOptions& options)
     : runtime_(std::move(runtime)), options_(options), process_(::getpid()), methods_(false) {
   const Guard guard(*this);
-  has_batch_ = runtime_->has_copy_batch() && runtime_->reaches_host();
-  methods_ = CopyMethods(has_batch_, runtime_->reaches_host());
+  const bool reaches_host = runtime_->reaches_host();
+  has_batch_ = reaches_host && runtime_->has_copy_batch();
+  methods_ = CopyMethods(has_batch_, reaches_host);
   check(runtime_->load_kernels(), "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   ring_ = std::make_unique<UploadRing>(*this, runtime_, options_.ring_bytes);
   transfer_ring_ = std::make_unique<UploadRing>(*this, runtime_, options_.ring_bytes);

@@ -81,14 +81,13 @@ def adopt(spec: KVSpec, tensors: Adopted, device: torch.device) -> DevicePool:
 
 
 def require_unmoved(pool: DevicePool, spec: KVSpec, device: torch.device) -> None:
-    """Raises InvalidState if an adopted pool, or a tensor that was given as it, has moved."""
-    for tensors in (pool.layers, pool.memory):
-        try:
-            now = adopt(spec, tensors, device)
-        except InvalidSpec as error:
-            raise InvalidState(f"the adopted tensors have changed: {error}") from error
-        if (now.regions, now.block_runs) != (pool.regions, pool.block_runs):
-            raise InvalidState("the adopted tensors have changed: they are in other memory now")
+    """Raises InvalidState if the tensors that were adopted are not where they were: copies are."""
+    try:
+        now = adopt(spec, pool.memory, device)
+    except InvalidSpec as error:
+        raise InvalidState(f"the adopted tensors have changed: {error}") from error
+    if (now.regions, now.block_runs) != (pool.regions, pool.block_runs):
+        raise InvalidState("the adopted tensors have changed: they are in other memory now")
 
 
 def _layers(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from linecache import getline
 from pathlib import Path
@@ -29,8 +29,6 @@ DEVICES: dict[str, Callable[[], Any]] = {
     "simulated": lambda: SimulatedDevice(0, schedule="lazy"),
     "cuda": lambda: CudaDevice(SimulatedCuda(0, schedule="lazy")),
 }
-
-
 OTHERS: list[int] = []  # sequences that a command below makes for itself
 
 
@@ -67,6 +65,20 @@ class Interrupt:
         finally:
             sys.settrace(before)
         return self.left == 0
+
+
+def at_each_line() -> Iterator[Interrupt]:
+    """One line further on each time, until the work had ended before the interrupt came."""
+    for n in range(1, 10_000):
+        interrupt = Interrupt(n)  # if a test fails: n is the line
+        yield interrupt
+        if interrupt.left > 0:
+            return
+    pytest.fail("there is no end to it")
+
+
+def cache_on(device: str) -> pk.KVCache:
+    return pk.KVCache(SPEC, device=DEVICES[device](), num_device_blocks=12, num_host_blocks=12)
 
 
 def step(kv: pk.KVCache, ids: Any) -> None:
@@ -131,20 +143,14 @@ def beside(kv: pk.KVCache, ids: Any) -> None:
 @pytest.mark.parametrize("device", list(DEVICES))
 @pytest.mark.parametrize("work", [step, swap, chain, crowded, cancel, recompute, beside])
 def test_a_cache_that_was_interrupted_works(work: Callable[..., None], device: str) -> None:
-    for n in range(1, 10_000):
-        with pk.KVCache(
-            SPEC, device=DEVICES[device](), num_device_blocks=12, num_host_blocks=12
-        ) as kv:
+    for interrupt in at_each_line():
+        with cache_on(device) as kv:
             ids = np.array([kv.create([5, 6, 7, s]) for s in range(2)])
             with kv.step(ids, [5, 6, 7, 0, 5, 6, 7, 1], counts=[4, 4]):
                 pass
-            interrupt = Interrupt(n)  # if this fails: n is the line
-            came = interrupt.run(lambda: work(kv, ids))  # noqa: B023
+            interrupt.run(lambda: work(kv, ids))  # noqa: B023
             kv.rollback()
             usable(kv, ids)
-        if not came:
-            return
-    pytest.fail("there is no end to it")
 
 
 @pytest.mark.parametrize("device", list(DEVICES))
@@ -159,13 +165,11 @@ def test_a_worker_that_was_interrupted_carries_out_all_of_it(device: str) -> Non
         else:
             kv.apply(plan).wait()
 
-    for n in range(1, 10_000):
+    for interrupt in at_each_line():
         manager = pk.BlockManager(12, 12, block_size=4)
         id = manager.create([5, 6, 7, 8, 9])
-        with pk.KVCache(
-            SPEC, device=DEVICES[device](), num_device_blocks=12, num_host_blocks=12
-        ) as kv:
-            came, interrupt = False, Interrupt(n)
+        with cache_on(device) as kv:
+            came = False
             for command in ("step", "swap_out", "swap_in", "step"):
                 if command == "step":
                     plan: Any = manager.append([id], [5, 6, 7, 8, 9], [5])
@@ -185,9 +189,6 @@ def test_a_worker_that_was_interrupted_carries_out_all_of_it(device: str) -> Non
             with kv.apply(manager.append([id], [1])) as open_step:
                 keys = kv.gather(0, open_step)[0][0, 0, :, 0].tolist()
             assert keys[:10] == [0, 8, 16, 24, 32] * 2
-        if not came:
-            return
-    pytest.fail("there is no end to it")
 
 
 def test_rows_that_were_interrupted_work() -> None:
@@ -206,10 +207,10 @@ def test_rows_that_were_interrupted_work() -> None:
         forward(cache, 2, 1)
         cache.crop(6)
 
-    for n in range(1, 10_000):
+    for interrupt in at_each_line():
         with pk.KVCache(SPEC, num_device_blocks=12) as kv:
             cache = PagedCache(kv)
-            came = Interrupt(n).run(lambda: work(cache))  # noqa: B023
+            interrupt.run(lambda: work(cache))  # noqa: B023
             cache.reset()
             assert kv.stats().device.num_active == 0
             forward(cache, 2, 5)
@@ -217,9 +218,6 @@ def test_rows_that_were_interrupted_work() -> None:
             assert keys[0, 0, :, 0].tolist() == [0, 8, 16, 24, 32, 0]
             cache.reset()
             kv.verify()
-        if not came:
-            return
-    pytest.fail("there is no end to it")
 
 
 def usable(kv: pk.KVCache, ids: Any) -> None:
