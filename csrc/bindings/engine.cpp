@@ -1,6 +1,5 @@
 // Devices, and the engine that carries out transfers on them.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <map>
 #include <memory>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>  // here, so that values cross alike wherever files are compiled apart
 
 namespace pagedkv {
 

@@ -50,7 +50,7 @@ void attend_rows(const HostPool& pool, std::size_t layer, const std::string& dty
                  std::uintptr_t block_tables, std::int64_t table_stride, std::int32_t num_rows,
                  std::int32_t table_width, std::uintptr_t seq_lens, std::int32_t num_kv_heads,
                  std::int32_t group, float scale, float softcap, std::int32_t window,
-                 std::int32_t first, std::uintptr_t queries, std::uintptr_t outputs,
+                 std::uintptr_t firsts, std::uintptr_t queries, std::uintptr_t outputs,
                  std::uintptr_t sums, int num_threads) {
   const TableView table{pointer<const std::int32_t>(block_tables), table_stride, num_rows,
                         table_width};
@@ -62,7 +62,7 @@ void attend_rows(const HostPool& pool, std::size_t layer, const std::string& dty
       .scale = scale,
       .softcap = softcap,
       .window = window,
-      .first = first,
+      .firsts = pointer<const std::int32_t>(firsts),
       .queries = pointer<const float>(queries),
       .outputs = pointer<float>(outputs),
       .sums = pointer<float>(sums),
@@ -125,7 +125,7 @@ void bind_pools(py::module_& m) {
       .def("attend", &attend_rows, py::arg("layer"), py::arg("dtype"), py::arg("block_tables"),
            py::arg("table_stride"), py::arg("num_rows"), py::arg("table_width"),
            py::arg("seq_lens"), py::arg("num_kv_heads"), py::arg("group"), py::arg("scale"),
-           py::arg("softcap"), py::arg("window"), py::arg("first"), py::arg("queries"),
+           py::arg("softcap"), py::arg("window"), py::arg("firsts"), py::arg("queries"),
            py::arg("outputs"), py::arg("sums"), py::arg("num_threads"));
   py::class_<SimulatedPool, Pool>(m, "SimulatedPool", py::is_final(),
                                   "On the compute stream of a simulated device.")

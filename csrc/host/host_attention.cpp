@@ -13,6 +13,11 @@ namespace pagedkv {
 
 namespace {
 
+// The first token that row b sees, as far as `firsts` says.
+std::int64_t asked_first(const DecodeRows& rows, std::size_t b) {
+  return rows.firsts == nullptr ? 0 : rows.firsts[b];
+}
+
 RowShape shape_of(const HostPool& pool, const TableView& table,
                   std::span<const std::int32_t> seq_lens, const DecodeRows& rows) {
   const std::size_t keys = 2 * rows.layer;
@@ -25,17 +30,21 @@ RowShape shape_of(const HostPool& pool, const TableView& table,
       shape.keys.token_bytes % head_bytes != 0 || shape.values.token_bytes % head_bytes != 0) {
     throw std::invalid_argument("attend: expected heads of a multiple of 8 elements");
   }
-  const bool all_see = std::ranges::all_of(seq_lens, [&](auto n) { return n > rows.first; });
-  if (rows.first < 0 || !all_see) {
-    throw std::invalid_argument("attend: expected sequences that are longer than what is left out");
+  for (std::size_t b = 0; b < seq_lens.size(); ++b) {
+    const std::int64_t first = asked_first(rows, b);
+    if (first < 0 || first >= seq_lens[b]) {
+      throw std::invalid_argument("attend: expected rows that see a token");
+    }
   }
   return shape;
 }
 
 constexpr std::int64_t kPieceBytes = 1 << 20;  // of keys and values: worth the waking of a thread
 
-std::int64_t first_seen(const DecodeRows& rows, std::int64_t length) {
-  return std::max<std::int64_t>(rows.first, rows.window > 0 ? length - rows.window : 0);
+std::int64_t first_seen(const DecodeRows& rows, std::size_t b, std::int64_t length) {
+  // Not before 0, whatever another thread has written there since they were checked.
+  return std::max({asked_first(rows, b), rows.window > 0 ? length - rows.window : 0,
+                   std::int64_t{0}});
 }
 
 // What threads take one by one: rows, and pieces of long ones.
@@ -51,7 +60,9 @@ Pieces pieces_of(const RowShape& shape, const TableView& table,
   const std::int64_t num_heads = std::int64_t{rows.num_kv_heads} * rows.group;
   const std::int64_t token_bytes = shape.keys.token_bytes + shape.values.token_bytes;
   std::int64_t total = 0;
-  for (const std::int32_t length : seq_lens) total += length - first_seen(rows, length);
+  for (std::size_t b = 0; b < seq_lens.size(); ++b) {
+    total += seq_lens[b] - first_seen(rows, b, seq_lens[b]);
+  }
   Pieces pieces;
   pieces.num_threads = static_cast<int>(
       std::clamp<std::int64_t>(total * token_bytes / kPieceBytes, 1, std::max(num_threads, 1)));
@@ -63,11 +74,12 @@ Pieces pieces_of(const RowShape& shape, const TableView& table,
   }
 
   for (std::int64_t b = 0; b < table.num_rows; ++b) {
-    const std::int64_t length = std::min<std::int64_t>(seq_lens[static_cast<std::size_t>(b)],
-                                                       table.width * shape.block_size);
+    const auto i = static_cast<std::size_t>(b);
+    const std::int64_t length =
+        std::min<std::int64_t>(seq_lens[i], table.width * shape.block_size);
     Row row{
         .cells = table.cells + b * table.stride,
-        .first = first_seen(rows, length),
+        .first = first_seen(rows, i, length),
         .end = length,
         .queries = rows.queries + b * num_heads * shape.k_dim,
         .outputs = rows.outputs + b * num_heads * shape.v_dim,

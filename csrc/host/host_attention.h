@@ -20,16 +20,17 @@ struct DecodeRows {
   float scale;           // of scores
   float softcap;         // scores become softcap * tanh(scores / softcap); 0: they stay
   std::int32_t window;   // a token sees itself and the window - 1 before it; 0: all
-  std::int32_t first;    // nor does it see the tokens before this one
+  // Nor does row b see the tokens before firsts[b]; null: each sees its sequence from its beginning.
+  const std::int32_t* firsts;
   const float* queries;  // [rows, num_kv_heads * group, k_dim]
   float* outputs;        // [rows, num_kv_heads * group, v_dim]
   float* sums;           // log-sum-exp of the scores, [rows, num_kv_heads * group]; may be null
 };
 
-// Row b is table's row b, seq_lens[b] > first tokens long with the new one, which is in its block.
-// k_dim and v_dim have to be multiples of 8. On up to num_threads threads, as far as there is work
-// for them: long rows are read in pieces. std::invalid_argument, before anything is written, for a
-// block outside the pool.
+// Row b is table's row b, seq_lens[b] tokens long with the new one, which is in its block and which
+// it sees. k_dim and v_dim have to be multiples of 8. On up to num_threads threads, as far as there
+// is work for them: long rows are read in pieces. std::invalid_argument, before anything is
+// written, for a block outside the pool.
 void attend(const HostPool& pool, const TableView& table, std::span<const std::int32_t> seq_lens,
             const DecodeRows& rows, int num_threads = 1);
 

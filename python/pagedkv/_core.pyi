@@ -477,13 +477,13 @@ class HostPool(Pool):
     def attend(
         self, layer: int, dtype: str, block_tables: int, table_stride: int, num_rows: int,
         table_width: int, seq_lens: int, num_kv_heads: int, group: int, scale: float,
-        softcap: float, window: int, first: int, queries: int, outputs: int, sums: int,
+        softcap: float, window: int, firsts: int, queries: int, outputs: int, sums: int,
         num_threads: int,
     ) -> None:  # fmt: skip
         """Attention of one new token per row, on up to num_threads; K, V "float32" or "bfloat16".
 
-        From token `first` on. Queries and outputs are float32 [rows, num_kv_heads * group, dim],
-        dims multiples of 8, `sums` [rows, num_kv_heads * group]. 0 is no softcap, window, sums."""
+        Row b from token `firsts[b]` on, int32. Queries and outputs are float32 [rows, num_kv_heads
+        * group, dim], dims multiples of 8, `sums` [rows, num_kv_heads * group]. 0 is none."""
 
 @final
 class SimulatedPool(Pool):

@@ -20,8 +20,8 @@ struct Case {
   FloatType type = FloatType::kFloat32;
   int block_size = 16, num_kv_heads = 2, group = 1, k_dim = 8, v_dim = 8;
   float scale = 0.3f, softcap = 0;
-  int window = 0, first = 0;
-  std::vector<std::int32_t> lengths = {1};
+  int window = 0;
+  std::vector<std::int32_t> lengths = {1}, firsts = {};
 };
 
 // Keys and values at random in blocks at random, in memory with gaps that hold NaN.
@@ -90,7 +90,8 @@ struct Memory {
       const int length = shape.lengths[static_cast<std::size_t>(b)];
       for (int q = 0; q < heads; ++q) {
         const int h = q / shape.group;
-        const int first = std::max(shape.first, shape.window > 0 ? length - shape.window : 0);
+        const int asked = shape.firsts.empty() ? 0 : shape.firsts[static_cast<std::size_t>(b)];
+        const int first = std::max(asked, shape.window > 0 ? length - shape.window : 0);
         std::vector<double> scores, total(static_cast<std::size_t>(shape.v_dim));
         for (int t = first; t < length; ++t) {
           double score = 0;
@@ -142,7 +143,7 @@ struct Memory {
             .scale = shape.scale,
             .softcap = shape.softcap,
             .window = shape.window,
-            .first = shape.first,
+            .firsts = shape.firsts.empty() ? nullptr : shape.firsts.data(),
             .queries = queries.data(),
             .outputs = outputs,
             .sums = nullptr};
@@ -205,7 +206,7 @@ TEST_CASE("several threads read long rows in pieces, and many rows one by one") 
     Case c = wide;
     c.lengths = lengths;
     check(c, 3);
-    c.first = 16 * static_cast<int>(std::ranges::min(lengths) > 16);
+    for (const std::int32_t length : lengths) c.firsts.push_back(length / 3);
     c.window = 600;
     c.type = FloatType::kBFloat16;
     check(c, 16);
@@ -246,9 +247,10 @@ TEST_CASE("a window hides all that is before it, and a softcap bounds scores") {
 }
 
 TEST_CASE("tokens can be left out at the front") {
-  for (const int first : {1, 16, 30, 299})
-    check({.group = 3, .first = first, .lengths = {300, 310}});
-  check({.window = 9, .first = 20, .lengths = {25, 60}});
+  for (const int first : {1, 16, 30, 299}) {
+    check({.group = 3, .lengths = {300, 310, 1}, .firsts = {first, 309 - first, 0}});
+  }
+  check({.window = 9, .lengths = {25, 60}, .firsts = {20, 20}});
 }
 
 TEST_CASE("scores of any size neither overflow nor vanish") {
@@ -260,6 +262,7 @@ TEST_CASE("scores of any size neither overflow nor vanish") {
 
 TEST_CASE(
     "a block outside the pool, or a head of odd size, is refused before anything is written") {
+  static constexpr std::int32_t twenty = 20, below = -1;
   Memory memory(Case{.lengths = {20}});
   std::vector<float> outputs(16, 3.0f);
   const auto refused = [&](DecodeRows rows) {
@@ -271,7 +274,7 @@ TEST_CASE(
   for (const auto change : std::vector<void (*)(DecodeRows&)>{
            [](DecodeRows& r) { r.num_kv_heads = 4; }, [](DecodeRows& r) { r.num_kv_heads = 3; },
            [](DecodeRows& r) { r.group = 0; }, [](DecodeRows& r) { r.layer = 1; },
-           [](DecodeRows& r) { r.first = 20; }, [](DecodeRows& r) { r.first = -1; },
+           [](DecodeRows& r) { r.firsts = &twenty; }, [](DecodeRows& r) { r.firsts = &below; },
            [](DecodeRows& r) { r.type = FloatType::kBFloat16, r.num_kv_heads = 8; }}) {
     DecodeRows changed = rows;
     change(changed);

@@ -18,8 +18,9 @@ def dense(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    first: int = 0,
 ) -> torch.Tensor:
-    """Causal attention of the last len(q) tokens, written out in float64."""
+    """Causal attention of the last len(q) tokens to those from `first` on, in float64."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.double().repeat_interleave(group, 1) for t in (k, v))
     scale = q.shape[2] ** -0.5 if scale is None else scale
@@ -28,7 +29,7 @@ def dense(
         scores = softcap * torch.tanh(scores / softcap)
     at = torch.arange(len(k) - len(q), len(k), device=q.device)[:, None]
     keys = torch.arange(len(k), device=q.device)
-    hidden = keys > at
+    hidden = (keys > at) | (keys < first)
     if window is not None:
         hidden |= keys <= at - window
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)

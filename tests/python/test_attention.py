@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import pagedkv as pk  # noqa: E402
-from attention_world import AttentionWorld  # noqa: E402
+from attention_world import AttentionWorld, dense  # noqa: E402
 from pagedkv import InvalidSpec, InvalidState  # noqa: E402
 from pagedkv.attention import BACKENDS, blockwise, decode  # noqa: E402
 from pagedkv.attention import _choose as choose  # noqa: E402
@@ -275,9 +275,6 @@ def test_auto_on_a_cpu_takes_the_kernel_and_else_goes_by_length(
         for expected in ("gather", "blockwise"):
             _, found = w.step(ids, [1], lambda q, s: choose(w.kv, call(q), s, "auto"))
             assert found is BACKENDS[expected]
-        mask = torch.ones(1, 1, 1, 21, dtype=torch.bool)
-        _, found = w.step(ids, [1], lambda q, s: choose(w.kv, call(q, attn_mask=mask), s, "auto"))
-        assert found is BACKENDS["gather"]
         w.check("auto", ids, [1])
     monkeypatch.setattr(blockwise, "RUN_BYTES", 1 << 20)
     for dims, expected in (((16, 16), "blockwise"), ((12, 16), "gather"), ((16, 12), "gather")):
@@ -287,6 +284,65 @@ def test_auto_on_a_cpu_takes_the_kernel_and_else_goes_by_length(
                     w.new([7, 0]), counts, lambda q, s, w=w: choose(w.kv, call(q), s, "auto")
                 )[1]
                 assert found is BACKENDS[its]
+
+
+@pytest.mark.parametrize("backend", ["gather", "blockwise", "auto"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("dtype", "heads"), [("float32", (4, 2)), ("float16", (2, 2))])
+def test_a_mask_that_hides_the_beginnings_of_rows(
+    backend: str, dtype: str, heads: tuple[int, int], softcap: float | None
+) -> None:
+    """As padding on the left does: of rows of any lengths, of beams, of beams that differ."""
+    with world(heads, dtype=dtype) as w:
+        ids = w.new([30, 9, 21])
+        rows = [*w.kv.fork(ids[0], 3), ids[1], *w.kv.fork(ids[2], 3)]
+        for firsts in ([5, 5, 5, 0, 7, 7, 7], [29, 29, 29, 9, 0, 0, 0], [2, 6, 2, 8, 20, 21, 22]):
+            counts, lens = [1] * len(rows), [w.kv.length(i) + 1 for i in rows]
+            mask = torch.arange(max(lens)) >= torch.tensor(firsts)[:, None]
+            q, found = w.step(
+                rows,
+                counts,
+                lambda q, step, mask=mask[:, None, None]: w.kv.attention(
+                    0, q, step, softcap=softcap, window=3, attn_mask=mask, backend=backend
+                ),
+            )
+            expected = [
+                dense(q[b : b + 1], *w.stored(i), softcap=softcap, first=firsts[b])
+                for b, i in enumerate(rows)
+            ]
+            near = {"atol": 2e-5, "rtol": 1e-4} if dtype == "float32" else {"atol": 2e-2, "rtol": 2e-2}
+            torch.testing.assert_close(found.double(), torch.cat(expected), **near)
+
+
+def test_which_masks_hide_beginnings_alone() -> None:
+    with world() as w:
+        rows = w.new([6, 3])
+
+        def taken(mask: torch.Tensor, counts: list[int]) -> bool:
+            def attend(q: torch.Tensor, step: pk.Step) -> bool:
+                try:
+                    w.kv.attention(0, q, step, attn_mask=mask, backend="blockwise")
+                except InvalidSpec as error:
+                    assert "hides beginnings" in str(error)
+                    w.kv.attention(0, q, step, attn_mask=mask)
+                    return False
+                return True
+
+            with w.kv.step(rows, counts=counts) as step:
+                found = attend(w.randn(sum(counts), 4, 16), step)
+                step.rollback()
+            return found
+
+        seen = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 1, 0]], dtype=torch.bool)
+        assert taken(seen[:, None, None], [1, 1])  # what is behind a row's end is not looked at
+        assert taken(torch.ones(1, dtype=torch.bool), [1, 1])
+        hole, none = seen.clone(), seen.clone()
+        hole[1, 2], none[1, :4] = False, False
+        hole[1, 1] = True
+        for other in (hole[:, None, None], none[:, None, None], seen[:, None, None].float()):
+            assert not taken(other, [1, 1])
+        assert not taken(seen[:, None, None].expand(2, 4, 1, 7), [1, 1])
+        assert not taken(torch.ones(2, 1, 1, 8, dtype=torch.bool), [2, 2])
 
 
 def test_the_tables_in_one_piece() -> None:
@@ -312,7 +368,7 @@ REFUSED = [
     (
         "blockwise",
         {"attn_mask": torch.ones(1, 1, 2, 2)},
-        r'takes no attn_mask; these can: "gather"$',
+        r'takes no attn_mask but one that hides beginnings.*; these can: "gather"$',
     ),
     ("flex", {"attn_mask": torch.ones(1, 1, 2, 2)}, r'takes no attn_mask; these can: "gather"$'),
     ("sdpa", {}, r"backend is 'sdpa', expected \"auto\" or one of \"gather\", \"blockwise\""),

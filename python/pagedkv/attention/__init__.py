@@ -53,7 +53,8 @@ def attend(
         window: a token sees itself and the window - 1 tokens before it; by default the layer's own.
         attn_mask: bool (True: visible) or additive float, broadcastable to
             [B, Hq, query length, max(seq_lens)], in place of the causal rule; every row of the
-            step must then have the same number of new tokens. "gather" alone takes one.
+            step must then have the same number of new tokens. "gather" takes any, "blockwise" one
+            that hides no more than the beginnings of rows of one new token, as padding does.
         backend: one of BACKENDS, or "auto", the first that can of: on a GPU "flash_attn",
             "flashinfer", "varlen", "gather"; on a CPU "blockwise" where rows have one new token
             in float32 or bfloat16, heads of a multiple of 8, and for long sequences, else
@@ -89,14 +90,16 @@ def attend(
             "torch.no_grad()"
         )
     address(q, "q")
+    window = spec.window if window is None else window
+    firsts = None
     if attn_mask is not None:
         _check_mask(attn_mask, num_heads, step)
-    window = spec.window if window is None else window
+        window, firsts = None, _firsts(attn_mask, step)
     k_scale, v_scale = kv.scales[layer]
     if k_scale != 1:
         q = q * k_scale  # first: what is stored may be so large that products with it overflow
     scale = spec.k_dim**-0.5 if scale is None else scale
-    call = Call(layer, q, scale, softcap, window, attn_mask)
+    call = Call(layer, q, scale, softcap, window, attn_mask, firsts)
     out = _choose(kv, call, step, backend).attend(kv, call, step)
     return out if v_scale == 1 else out.mul_(v_scale)
 
@@ -115,6 +118,23 @@ def _check_mask(mask: torch.Tensor, num_heads: int, step: Step) -> None:
         raise InvalidSpec(
             f"attn_mask is {list(mask.shape)}, expected {whole} or what broadcasts to it"
         )
+
+
+def _firsts(mask: torch.Tensor, step: Step) -> torch.Tensor | None:
+    """See Call. On a GPU the host would have to wait for this."""
+    lens = step.plan.seq_lens
+    is_one_query = 0 < len(lens) == step.num_tokens and all(n == 1 for n in mask.shape[-3:-1])
+    if mask.device.type != "cpu" or mask.dtype != torch.bool or not is_one_query:
+        return None
+    longest = int(lens.max())
+    seen = mask.expand(len(lens), 1, 1, longest)[:, 0, 0].numpy()
+    firsts = seen.argmax(axis=1)
+    if lens.min() < longest:
+        seen = seen & (np.arange(longest) < lens[:, None])
+    num_seen = np.count_nonzero(seen, axis=1)
+    if not num_seen.all() or (num_seen != lens - firsts).any():
+        return None
+    return torch.from_numpy(firsts.astype(np.int32))
 
 
 def _choose(kv: KVCache, call: Call, step: Step, name: str) -> Backend:

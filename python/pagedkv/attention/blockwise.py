@@ -10,6 +10,7 @@ them again. What several runs give is joined by the log-sum-exp of each, as in D
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -36,12 +37,14 @@ Part = tuple[torch.Tensor, torch.Tensor]
 def refusal(kv: KVCache, call: Call) -> str | None:
     if kv.device.type != "cpu":
         return f"is for a CPU, and this cache is on {kv.device}"
-    return None if call.attn_mask is None else "takes no attn_mask"
+    if call.attn_mask is not None and call.firsts is None:
+        return "takes no attn_mask but one that hides beginnings of rows of one new token"
+    return None
 
 
 def is_faster(kv: KVCache, call: Call, step: Step) -> bool:
     """Than gathering all, where it can: it was with the kernel, and from two runs of blocks on."""
-    if call.attn_mask is not None:
+    if call.attn_mask is not None and call.firsts is None:
         return False
     if takes(kv, call) and step.kept("one new token", lambda: _has_one_new_token(step)):
         return True
@@ -62,8 +65,9 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
     parts: list[torch.Tensor] = []  # [some tokens, Hq, v_dim], one behind the other
     has_kernel = takes(kv, call)
     for first, last, shared, count in _runs(kv, call, step):
-        if shared and call.window is None:
-            parts.append(_beams(kv, call, step, first, last, shared))
+        begin = _begin(call, first, last)
+        if shared and call.window is None and begin < shared * kv.spec.block_size:
+            parts.append(_beams(kv, call, step, first, last, shared, begin))
         elif count == 1 and has_kernel:
             parts.append(decode(kv, call, step, first, last))
         else:
@@ -72,6 +76,14 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
         return call.q.new_empty(0, call.q.shape[1], kv.spec.layers[call.layer].v_dim)
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out if out.dtype is call.q.dtype else out.to(call.q.dtype)
+
+
+def _begin(call: Call, first: int, last: int) -> int:
+    """The first token that rows [first, last) see, if it is one for all; else past any."""
+    if call.firsts is None:
+        return 0
+    begin = int(call.firsts[first])
+    return begin if bool((call.firsts[first:last] == begin).all()) else sys.maxsize
 
 
 def _runs(kv: KVCache, call: Call, step: Step) -> list[tuple[int, int, int, int]]:
@@ -111,12 +123,13 @@ def _rows(
         for tile in range(0, count, QUERY_TILE):
             q = call.q[begin + tile : begin + min(tile + QUERY_TILE, count)]
             q = q.unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
-            found, _ = _row(kv, call, step, q, row, length - count + tile)
+            seen = 0 if call.firsts is None else int(call.firsts[row])
+            found, _ = _row(kv, call, step, q, row, length - count + tile, seen)
             yield found.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _row(
-    kv: KVCache, call: Call, step: Step, q: torch.Tensor, row: int, at: int, first: int = 0
+    kv: KVCache, call: Call, step: Step, q: torch.Tensor, row: int, at: int, first: int
 ) -> Part:
     """Queries [H, G, n, k_dim] of one row, whose tokens are at `at` on, to keys from `first` on."""
     num, end = q.shape[2], at + q.shape[2]
@@ -137,26 +150,31 @@ def _row(
     return part
 
 
-def _beams(kv: KVCache, call: Call, step: Step, first: int, last: int, shared: int) -> torch.Tensor:
-    """Rows [first, last) of one new token each that share blocks: those once for all of them."""
-    begin, at = shared * kv.spec.block_size, int(step.plan.query_starts[first])
+def _beams(
+    kv: KVCache, call: Call, step: Step, first: int, last: int, shared: int, begin: int
+) -> torch.Tensor:
+    """Rows [first, last) of one new token each that share blocks, and see tokens from `begin` on.
+
+    What they share is read once for all of them.
+    """
+    end, at = shared * kv.spec.block_size, int(step.plan.query_starts[first])
     heads = kv.spec.layers[call.layer].num_kv_heads
     q = call.q[at : at + last - first].unflatten(1, (heads, -1))
     part: Part
     if takes(kv, call):
-        found, sums = decode_with_sums(kv, call, step, first, last, begin)
+        found, sums = decode_with_sums(kv, call, step, first, last, end)
         part = (
             found.unflatten(1, (heads, -1)).permute(1, 2, 0, 3),
             sums.unflatten(1, (heads, -1)).permute(1, 2, 0),
         )
     else:
         tails = [
-            _row(kv, call, step, q[i].unsqueeze(2), first + i, int(length) - 1, begin)
+            _row(kv, call, step, q[i].unsqueeze(2), first + i, int(length) - 1, end)
             for i, length in enumerate(step.plan.seq_lens[first:last])
         ]
         part = torch.cat([t[0] for t in tails], 2), torch.cat([t[1] for t in tails], 2)
     together = q.permute(1, 2, 0, 3)  # [H, G, n, k_dim]
-    for _, _, k, v in _keys(kv, call, step, first, 0, begin, begin):
+    for _, _, k, v in _keys(kv, call, step, first, begin, end, end):
         part = _join(part, _attend(kv, call, together, k, v))
     return part[0].permute(2, 0, 1, 3).flatten(1, 2)
 

@@ -34,7 +34,9 @@ class Call(NamedTuple):
     Attributes:
         q: queries [T, Hq, k_dim], times the layer's k_scale: products with what is stored are those
             with the real keys. Nobody multiplies the answer by v_scale but who calls the backend.
-        scale, softcap, window, attn_mask: as in `attend`.
+        scale, softcap, window, attn_mask: as in `attend`. With a mask there is no window.
+        firsts: the first token that each row sees, int32 [B], if that is all that the mask says of
+            rows of one new token each, on a CPU; else None.
     """
 
     layer: int
@@ -43,6 +45,7 @@ class Call(NamedTuple):
     softcap: float | None
     window: int | None
     attn_mask: torch.Tensor | None
+    firsts: torch.Tensor | None = None
 
 
 class Backend(Protocol):

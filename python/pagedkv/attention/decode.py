@@ -29,7 +29,8 @@ def takes(kv: KVCache, call: Call) -> bool:
 def decode(kv: KVCache, call: Call, step: Step, first: int, last: int) -> torch.Tensor:
     """Rows [first, last) of the step, of one new token each: float32 [last - first, Hq, v_dim]."""
     q = _queries(call, step, first, last)
-    return _decode(kv, call, step, (first, last), q, 0, 0)
+    firsts = 0 if call.firsts is None else call.firsts[first:].data_ptr()
+    return _decode(kv, call, step, (first, last), q, firsts, 0)
 
 
 def decode_with_sums(
@@ -38,7 +39,9 @@ def decode_with_sums(
     """The same to keys from `begin` on, and the log-sum-exp of the scores [last - first, Hq]."""
     q = _queries(call, step, first, last)
     sums = q.new_empty(q.shape[:2])
-    return _decode(kv, call, step, (first, last), q, begin, sums.data_ptr()), sums
+    firsts = q.new_full((len(q),), begin, dtype=torch.int32)
+    found = _decode(kv, call, step, (first, last), q, firsts.data_ptr(), sums.data_ptr())
+    return found, sums
 
 
 def _queries(call: Call, step: Step, first: int, last: int) -> torch.Tensor:
@@ -56,7 +59,7 @@ def _decode(
     step: Step,
     rows: tuple[int, int],
     q: torch.Tensor,
-    begin: int,
+    firsts_at: int,
     sums_at: int,
 ) -> torch.Tensor:
     layer, pool = kv.spec.layers[call.layer], kv.host_pool
@@ -72,7 +75,7 @@ def _decode(
         call.scale,
         call.softcap or 0.0,
         min(call.window or 0, _INT32),
-        begin,
+        firsts_at,
         q.data_ptr(),
         out.data_ptr(),
         sums_at,

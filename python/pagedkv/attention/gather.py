@@ -43,7 +43,9 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
         if attn_mask is not None:
             part = attn_mask[first:last] if attn_mask.shape[0] > 1 else attn_mask
             longest = int(lens[first:last].max())
-            mask = _within(part[..., :longest], lens_there[first:last], longest)
+            mask = part[..., :longest]
+            if lens[first:last].min() < longest:
+                mask = _within(mask, lens_there[first:last], longest)
         else:
             mask = _mask_of_step(step, first, last, window)
         queries = q[rows].unflatten(0, (last - first, -1)).transpose(1, 2)
@@ -59,8 +61,6 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
 
 def _within(mask: torch.Tensor, lens: torch.Tensor, longest: int) -> torch.Tensor:
     """A mask of the caller's, who need not know that shorter rows are read beside longer ones."""
-    if len(lens) == 1:
-        return mask
     behind = (torch.arange(longest, device=mask.device) >= lens[:, None])[:, None, None]
     return mask & ~behind if mask.dtype == torch.bool else mask.masked_fill(behind, -torch.inf)
 

@@ -21,12 +21,11 @@ ATTENTION = "pagedkv"
 _READ_THEIR_VALUES = ("diffllama", "doge")
 
 # Left on the keys that update() returns, as `keys.pagedkv_attend`, since the rest of the keys is in
-# blocks: (module, query, value, mask, scale, softcap) -> output.
+# blocks: (query, value, mask, scale, softcap) -> output.
 Attend = Callable[
-    [torch.nn.Module, torch.Tensor, torch.Tensor, "torch.Tensor | None", "float | None",
-     "float | None"],
+    [torch.Tensor, torch.Tensor, "torch.Tensor | None", "float | None", "float | None"],
     torch.Tensor,
-]  # fmt: skip
+]
 
 
 def paged_attention_forward(
@@ -58,7 +57,7 @@ def paged_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    return attend(module, query, value, attention_mask, scaling, softcap), None
+    return attend(query, value, attention_mask, scaling, softcap), None
 
 
 def attends_paged(model: Any) -> bool:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pagedkv.cache import KVCache
 from pagedkv.errors import InvalidSpec, InvalidState
@@ -353,7 +352,6 @@ class PagedCache(Cache, Attached):
     def _attend(
         self,
         layer: int,
-        module: torch.nn.Module,
         query: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
@@ -370,9 +368,6 @@ class PagedCache(Cache, Attached):
         forward.unread = forward.values = None
         step = forward.open_step.step
         batch, num_new = query.shape[0], query.shape[2]
-        if softcap is None and mask is not None and len(step.shared_runs) == batch:
-            keys, values = self.kv.gather(layer, step)  # nothing is read twice
-            return sdpa_attention_forward(module, query, keys, values, mask, scaling=scale)[0]
         output = self.kv.attention(
             layer, by_token(query), step, scale=scale, softcap=softcap, attn_mask=mask
         )
