@@ -95,7 +95,6 @@ class KVCache(Steps):
         prefill_rate: float | None = None,
         cost_model: CostModel = swap_or_recompute,
     ) -> None:
-        self.layout = layout
         spec.require_kv()
         self.scales = check_scales(scales, spec)
         machine = self.machine = machine_for(device, copy_method)
@@ -156,7 +155,8 @@ class KVCache(Steps):
         open one.
         """
         # Mostly they are what the layer keeps, and the writer looks at them quicker than Python.
-        writer = self._writers.get(layer) if step is self._step and type(layer) is int else None
+        is_open = step is self._step is not None
+        writer = self._writers.get(layer) if is_open and type(layer) is int else None
         if writer is not None:
             if self._transfers is not None:
                 self._transfers.follow()

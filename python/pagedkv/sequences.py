@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv._core import BlockManager, PrefixHit, Stats
-from pagedkv.errors import InvalidSpec, InvalidState, OutOfBlocks
+from pagedkv.errors import InvalidSpec, InvalidState, OutOfBlocks, UnknownSequence
 from pagedkv.preemption import CostModel, PreemptMode, PreemptRequest
 from pagedkv.spec import KVSpec
 from pagedkv.transfers import Transfer, Transfers
@@ -31,6 +33,7 @@ class Sequences:
         self.prefill_rate = prefill_rate
         self.cost_model = cost_model
         self._transfers: Transfers | None = None
+        self._left: list[int] = []  # sequences to release when no step is open
         self._closed = False
 
     def _open_manager(self) -> BlockManager:
@@ -41,10 +44,13 @@ class Sequences:
     def create(self, tokens: Any = None, *, salt: bytes | str | None = None) -> int:
         """A new sequence that holds the longest published prefix of `tokens` but the last one.
 
-        That is what the device has. What the host has beyond it, `fetch()` brings.
+        Without tokens (None, not []) it is anonymous: what is computed for it is nobody's prefix
+        hit, whatever step() and record() tell of it. That is what the device has. What the host has beyond it, `fetch()` brings.
         """
         self._look()
-        return self._open_manager().create(tokens, salt=salt)
+        manager = self._open_manager()
+        self._release_left()
+        return manager.create(tokens, salt=salt)
 
     def num_cached(self, id: int) -> int:
         """Tokens that create() found."""
@@ -77,6 +83,20 @@ class Sequences:
     def release(self, ids: Any) -> None:
         """Forget sequences. Their published blocks stay, as prefix hits, until evicted."""
         self._open_manager().release(ids)
+
+    def release_later(self, ids: Iterable[int]) -> None:
+        """Like release, with the next create() or step(): for finalizers.
+
+        They come amid a step of somebody else's, or in any thread. What is released by then is no
+        error.
+        """
+        self._left.extend(ids)
+
+    def _release_left(self) -> None:
+        while self._left:
+            with suppress(UnknownSequence):
+                self.manager.release(self._left[:1])
+            del self._left[0]
 
     def clear(self, salt: bytes | str | None = None) -> None:
         """No cached block of this salt (default: of any) is a hit any more."""

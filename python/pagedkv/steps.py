@@ -47,6 +47,7 @@ class Steps(Sequences):
         self._look()
         manager = self._open_manager()
         self._close_applied()
+        self._release_left()
         plan = manager.append(ids, tokens, counts)
         try:
             return self._begin(plan, manager)

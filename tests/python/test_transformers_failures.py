@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections import Counter
@@ -234,6 +235,17 @@ def test_prompts_that_are_no_ids(ids: Any) -> None:
     message = "expected a tensor of token ids"
     with paged(tiny.model("llama")) as cache, pytest.raises(InvalidSpec, match=message):
         cache.start(ids)
+
+
+def test_what_is_no_model_or_still_learns_is_named() -> None:
+    with pytest.raises(InvalidSpec, match="model is 'gpt2', expected a model of transformers"):
+        PagedCache.for_model("gpt2")
+    model = copy.deepcopy(tiny.model("llama")).train()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    with paged(model) as cache, pytest.raises(InvalidState, match=r"dropout, 0\.1: call model\.eval"):
+        generate(model, cache, prompt())
 
 
 def test_the_context_closes_after_an_error() -> None:

@@ -144,26 +144,30 @@ def test_an_interrupt_in_a_forward_leaves_the_model_usable() -> None:
         assert generate(model, cache, ids).tolist() == expected
 
 
-def test_gradients_flow_through_queries_and_not_through_what_is_kept() -> None:
+def test_gradients_are_right_where_k_and_v_need_none_and_else_refused() -> None:
     model, ids = copy.deepcopy(tiny.model("llama")), prompt()
 
-    class Detached(DynamicCache):
-        def update(self, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
-            return super().update(k.detach(), v.detach(), *args, **kwargs)
+    def loss(cache: Any, begin: int) -> Any:
+        with torch.no_grad():
+            model(input_ids=ids[:, :begin], past_key_values=cache)
+        return model(input_ids=ids[:, begin:], past_key_values=cache).logits.square().sum()
 
-    found = []
     with paged(model) as cache:
-        for each in (cache, Detached()):
-            model.zero_grad()
-            with torch.no_grad():
-                model(input_ids=ids[:, :-3], past_key_values=each)
-            model(input_ids=ids[:, -3:], past_key_values=each).logits.sum().backward()
-            found.append({name: p.grad for name, p in model.named_parameters()})
-    ours, theirs = found
-    past = {name for name in ours if "layers" not in name or "q_proj" in name or "mlp" in name}
-    assert any("layers.1" in name for name in past)
-    for name in past:
-        torch.testing.assert_close(ours[name], theirs[name], msg=name)
+        found = loss(cache, 30)  # as inference that forgot no_grad() has it
+        torch.testing.assert_close(found, loss(DynamicCache(), 30))
+        with pytest.raises(InvalidState, match="keeps K and V without gradients"):
+            found.backward()
+        cache.reset()
+        learned = []
+        for name, parameter in model.named_parameters():
+            parameter.grad = None
+            parameter.requires_grad = "layers.1" in name and "q_proj" in name
+            learned += [parameter] if parameter.requires_grad else []
+        assert learned
+        ours = torch.autograd.grad(loss(cache, 30), learned)
+        theirs = torch.autograd.grad(loss(DynamicCache(), 30), learned)
+        assert all(g.abs().sum() > 0 for g in theirs)
+        torch.testing.assert_close(ours, theirs)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from requests_tiny import (  # noqa: E402
     other_tail,
     paged,
     prompt,
+    small,
     unattached,
 )
 
@@ -62,6 +63,23 @@ def test_prefill_goes_on_from_what_is_held() -> None:
         cache.prefill(model, ids)  # nothing is left to compute
         assert seen == [(1, 19), (1, PROMPT - 20)]
         assert generate(model, cache, ids).tolist() == dense(model, ids).tolist()
+
+
+def test_what_is_dropped_gives_its_rows_back() -> None:
+    model, ids = tiny.model("llama"), prompt()
+    with small(model, 12) as cache:
+        cache.prefill(model, ids)
+        answer = generate(model, cache.fork(), ids, new=30).tolist()
+        for twin_of in (PagedCache.fork, copy.deepcopy, lambda cache: PagedCache(cache.kv)):
+            for _ in range(12):
+                assert generate(model, twin_of(cache), ids, new=30).tolist() == answer
+        dropped = cache.fork()
+        with cache.kv.step([cache.kv.create()]):
+            del dropped  # amid a step of somebody else's
+        cache.reset()
+        cache.kv.create()
+        cache.kv.verify()
+        assert cache.kv.stats().num_sequences == 2
 
 
 @pytest.mark.parametrize("twin_of", [PagedCache.fork, copy.deepcopy])
@@ -144,7 +162,8 @@ def test_a_request_hits_the_answer_of_an_earlier_one() -> None:
         turn = torch.cat([answer, torch.full((1, 4), 9)], dim=1)
         # 56 tokens were computed, the last of the answer was not: three blocks of 16.
         assert cache.start(turn) == 48
-        assert generate(model, cache, turn).tolist() == dense(model, turn).tolist()
+        seen = {"attention_mask": torch.ones_like(turn)}  # the answer may have tokens like padding
+        assert generate(model, cache, turn, **seen).tolist() == dense(model, turn, **seen).tolist()
 
 
 def test_a_batch_takes_the_shortest_of_its_hits() -> None:
@@ -177,6 +196,71 @@ def test_a_padded_batch_takes_and_leaves_no_hits() -> None:
         assert cache.start(inputs["input_ids"]) == 0
         assert cache.stats().num_hit_tokens == 0
         assert cache.kv.stats().device.num_cached == 0
+
+
+def test_padding_that_start_was_not_told_of_is_seen_by_its_mask() -> None:
+    model, inputs = tiny.model("llama"), tiny.prompts("three_padded")
+    ids = inputs["input_ids"]
+    with paged(model) as cache:
+        cache.start(ids)
+        cache.finish(tiny.generate(model, cache, do_sample=False, **inputs))
+        assert cache.start(ids) == 0
+        ones = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        tiny.generate(model, cache, do_sample=False, **ones)
+        cache.finish()
+        assert cache.start(ids) == ids.shape[1] - 1
+        before = held(cache)
+        with pytest.raises(InvalidState, match="by its token ids alone: its mask"):
+            tiny.generate(model, cache, do_sample=False, **inputs)
+        assert held(cache) == before
+        cache.reset()
+        with pytest.raises(InvalidSpec, match=r"attention_mask is \[2, 3\], expected"):
+            cache.start(ids, torch.ones(2, 3))
+
+
+def test_embeddings_are_not_told_by_token_ids() -> None:
+    model, ids = tiny.model("llama"), prompt()
+    given = torch.randn(2, 1, PROMPT, model.config.hidden_size)
+    with paged(model) as cache:
+        for embeddings in given:
+            inputs = {"inputs_embeds": embeddings}
+            assert cache.start(ids) == 0
+            found = generate(model, cache, ids, **inputs)
+            assert found.tolist() == dense(model, ids, **inputs).tolist()
+            cache.finish(found)
+        cache.start(ids)
+        cache.finish(generate(model, cache, ids))
+        assert cache.start(ids) == PROMPT - 1
+        with pytest.raises(InvalidState, match="the model is given inputs_embeds"):
+            generate(model, cache, ids, inputs_embeds=given[0])
+
+
+def test_clear_is_for_weights_that_changed() -> None:
+    model, ids = copy.deepcopy(tiny.model("llama")), prompt()
+    with paged(model) as cache:
+        for salt in (None, "adapter"):
+            cache.start(ids, salt=salt)
+            cache.finish(generate(model, cache, ids))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) / 20)
+        cache.clear("adapter")
+        assert cache.start(ids, salt="adapter") == 0
+        cache.reset()
+        assert cache.start(ids) == PROMPT - 1
+        cache.reset()
+        cache.clear()
+        assert cache.start(ids) == 0
+        assert generate(model, cache, ids).tolist() == dense(model, ids).tolist()
+
+
+def test_finish_takes_what_generate_returned_as_a_dict() -> None:
+    model, ids = tiny.bare_model(), prompt()
+    with unattached(model) as cache:
+        cache.start(ids)
+        found = generate(model, cache, ids, return_dict_in_generate=True)
+        cache.finish(found)
+        assert cache.start(found.sequences) > PROMPT
 
 
 def test_a_mask_of_ones_is_no_padding() -> None:
@@ -254,7 +338,8 @@ def test_after_beam_search_hits_are_what_was_computed(attached: bool) -> None:
             assert 32 <= hit < best.shape[1]
         else:
             assert hit == 32  # the prompt's full blocks
-        assert generate(model, cache, best).tolist() == dense(model, best).tolist()
+        seen = {"attention_mask": torch.ones_like(best)}  # the answer may have tokens like padding
+        assert generate(model, cache, best, **seen).tolist() == dense(model, best, **seen).tolist()
 
 
 def test_start_begins_one_request_at_a_time() -> None:

@@ -36,7 +36,7 @@ def refusal(kv: KVCache, call: Call) -> str | None:
     k, v = kv.k(call.layer), kv.v(call.layer)
     size = kv.spec.block_size
     if not (k.is_contiguous() and v.is_contiguous()):
-        return f'needs a layer\'s blocks side by side: layout "layer_major", not "{kv.layout}"'
+        return 'needs a layer\'s blocks side by side, as in layout "layer_major"'
     if call.attn_mask is not None:
         return "takes no attn_mask"
     if k.dtype != call.q.dtype:

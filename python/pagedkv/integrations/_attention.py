@@ -48,9 +48,14 @@ def paged_attention_forward(
     read.
     """
     attend: Attend | None = getattr(key, "pagedkv_attend", None)
-    if dropout or s_aux is not None or (attend is None and softcap is not None):
+    if dropout:
         raise InvalidState(
-            "this attention layer asks for dropout, sinks, or a softcap of keys that it changed or "
+            f"this attention layer asks for dropout, {dropout}: call model.eval(), or make the "
+            "cache with paged_attention=False"
+        )
+    if s_aux is not None or (attend is None and softcap is not None):
+        raise InvalidState(
+            "this attention layer asks for sinks, or a softcap of keys that it changed or "
             "that are another thread's: make the cache with paged_attention=False"
         )
     if attend is None:

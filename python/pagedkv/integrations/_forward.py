@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pagedkv.errors import InvalidState
 from pagedkv.integrations._rows import OpenStep
 
 # The inputs that have one row per sequence. A forward with any other tensor is not folded.
@@ -37,6 +38,23 @@ class Forward:
     values: torch.Tensor | None = None
 
 
+class Held(torch.autograd.Function):
+    """All K and V of rows, for the new ones, whose gradients end here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, new_k: torch.Tensor, new_v: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return k.clone(), v.clone()  # what is kept for backward() must not be overwritten
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise InvalidState(
+            "a PagedCache keeps K and V without gradients: compute the whole sequence without it, "
+            "or freeze what K and V are made by"
+        )
+
+
 def skip_held(inputs: dict[str, Any], length: int) -> dict[str, Any]:
     """Inputs that begin at position 0, without the `length` tokens that the cache holds of them.
 
@@ -56,6 +74,16 @@ def skip_held(inputs: dict[str, Any], length: int) -> dict[str, Any]:
     names = ("input_ids", "position_ids", "token_type_ids", "cache_position")
     found = {n: inputs[n] for n in names if isinstance(inputs.get(n), torch.Tensor)}
     return {**inputs, **{n: tensor[..., length:] for n, tensor in found.items()}}
+
+
+def untold(inputs: Mapping[str, Any], is_prompt: bool) -> str | None:
+    """Why the token ids of a forward do not tell what it computes, if they do not."""
+    mask = inputs.get("attention_mask")
+    if inputs.get("input_ids") is None:
+        return "the model is given inputs_embeds"
+    if is_prompt and isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all()):
+        return "its mask, which generate() makes by pad_token_id if none is given, hides some of them"
+    return None
 
 
 def fold_rows(

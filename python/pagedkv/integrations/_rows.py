@@ -98,6 +98,17 @@ class Rows:
         """Whether a step should carry its tokens: all earlier ones of these rows are known."""
         return self._num_known == self.length
 
+    @property
+    def awaits_prompt(self) -> bool:
+        """Whether start()'s prompt is not computed to its end yet."""
+        return self._prompt is not None
+
+    def __del__(self) -> None:
+        """What nobody has any more is released: a fork() that was used once and dropped."""
+        made = [] if self._made is None else self._made.tolist()
+        made += [i for ids in self._forks for i in ids[1:].tolist()]
+        self.kv.release_later([*self.ids.tolist(), *made, *self._unused])
+
     # -- steps -----------------------------------------------------------------------------------
 
     def open(
@@ -137,6 +148,19 @@ class Rows:
         self.open_step = OpenStep(step, self.length, count, made, before, tokens is not None)
         self.ids, self._made = ids, None
         return self.open_step
+
+    def expect_untold(self, why: str) -> None:
+        """A forward computes what token ids do not tell: these rows leave no more hits.
+
+        Raises InvalidState if they took some.
+        """
+        if self._prompt is not None and self.length:
+            raise InvalidState(
+                f"start() found {self.length} tokens of this prompt computed, and it is not told "
+                f"by its token ids alone: {why}. Call reset(), and generate without start(), or "
+                "give it a salt that tells what they do not"
+            )
+        self._prompt, self._num_known = None, -1
 
     def check_prompt(self, input_ids: _Ids) -> None:
         """Raises InvalidState unless [B, T] begins with what the rows hold of start()'s prompt."""

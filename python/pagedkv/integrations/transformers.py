@@ -23,7 +23,7 @@ from transformers import Cache
 from pagedkv.cache import KVCache
 from pagedkv.errors import InvalidSpec, InvalidState
 from pagedkv.integrations._attach import Attached, attach
-from pagedkv.integrations._forward import Forward, by_token, fold_rows, skip_held, unfold_rows
+from pagedkv.integrations._forward import Forward, Held, by_token, fold_rows, skip_held, unfold_rows, untold
 from pagedkv.integrations._rows import CacheStats, Rows
 from pagedkv.spec import KVSpec
 from pagedkv.transfers import Transfer
@@ -47,7 +47,8 @@ class PagedCache(Cache, Attached):
     A model that is attached (`attach(model)`; for_model() does it) computes equal prompts once,
     uses paged attention, and tells start() each token. All else works without.
 
-    K and V are kept without gradients: use no_grad(), since with them enabled they are gathered.
+    K and V are kept without gradients: use no_grad(), since with them enabled they are gathered, and
+    backward() raises InvalidState where it needs theirs. A cache that is dropped gives its rows back.
     """
 
     def __init__(self, kv: KVCache, *, paged_attention: bool = True) -> None:
@@ -75,8 +76,10 @@ class PagedCache(Cache, Attached):
             host_memory: likewise, for rows that are parked; by default there is none.
             paged_attention: by default, where the model dispatches its attention function.
 
-        Raises InvalidSpec if the model has layers that a KVCache cannot hold.
+        Raises InvalidSpec if it is none, or has layers that a KVCache cannot hold.
         """
+        if not isinstance(model, torch.nn.Module):
+            raise InvalidSpec(f"model is {model!r}, expected a model of transformers")
         spec = KVSpec.from_config(model.config, dtype=str(model.dtype), block_size=block_size)
         num_tokens = spec.num_blocks(parse_bytes(memory, "memory")) * block_size
         kv = KVCache(
@@ -126,9 +129,11 @@ class PagedCache(Cache, Attached):
                 key_states.pagedkv_attend = attend  # type: ignore[attr-defined]
                 forward.unread, forward.values = layer_idx, value_states
             else:
-                key_states, value_states = kv.gather(layer_idx, step)
-                if torch.is_grad_enabled():  # what is kept for backward() must not be overwritten
-                    key_states, value_states = key_states.clone(), value_states.clone()
+                held = kv.gather(layer_idx, step)
+                if torch.is_grad_enabled():
+                    key_states, value_states = Held.apply(key_states, value_states, *held)
+                else:
+                    key_states, value_states = held
         if forward.next_layer == len(self) and not forward.attached:
             self._rows.commit()
         return key_states, value_states
@@ -226,25 +231,40 @@ class PagedCache(Cache, Attached):
         shortest of their hits. A batch with padding takes none and leaves none: its tokens stand
         at other places. Without start() a request neither takes nor leaves prefix hits.
 
+        Token ids and `salt` are all that tells prompts apart: give a salt of its own to each
+        adapter, to each model that shares `kv`, and to the images of a prompt; after an update of
+        the model's weights call clear(). A model that is not attached cannot tell inputs_embeds.
+
         Returns the number of tokens per row that need no computing, at most T - 1.
         """
         if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
             kind = getattr(input_ids, "dtype", type(input_ids).__name__)
             raise InvalidSpec(f"input_ids is {kind}, expected a tensor of token ids")
-        if attention_mask is not None and not bool((attention_mask == 1).all()):
-            return 0
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise InvalidSpec(
+                    f"attention_mask is {list(attention_mask.shape)}, expected input_ids' shape, "
+                    f"{list(input_ids.shape)}"
+                )
+            if not bool((attention_mask == 1).all()):
+                return 0
         return self._rows.start(np.ascontiguousarray(input_ids.cpu().numpy(), np.int64), salt)
 
-    def finish(self, sequences: torch.Tensor | None = None) -> None:
+    def finish(self, sequences: Any = None) -> None:
         """End a request: release its rows and leave what start() began as prefix hits.
 
-        `sequences`: what generate() returned. Needed only where the model is not attached, since
+        `sequences`: what generate() returned, a tensor or what has it as `sequences`. Needed only where the model is not attached, since
         there nothing else tells which tokens were generated. After beam search, whose last beams
         are not what it returns, only the prompt is left as a hit there.
         """
+        sequences = getattr(sequences, "sequences", sequences)
         if sequences is not None:
             self._rows.record(sequences.cpu().numpy())
         self._rows.release()
+
+    def clear(self, salt: bytes | str | None = None) -> None:
+        """No prompt is a hit any more (of `salt`; default: of any): the model's weights changed."""
+        self.kv.clear(salt)
 
     def prefill(
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -318,6 +338,9 @@ class PagedCache(Cache, Attached):
         whole, inputs = inputs, skip_held(inputs, self._rows.length)
         if inputs is not whole:
             self._rows.check_prompt(whole["input_ids"].cpu().numpy())
+        why = untold(inputs, self._rows.awaits_prompt) if self._rows.wants_tokens else None
+        if why is not None:
+            self._rows.expect_untold(why)
         folded = fold_rows(inputs, len(self._rows))
         if folded is not None:
             forward.batch = inputs["input_ids"].shape[0]
