@@ -299,8 +299,9 @@ def test_a_closed_step_or_another_cache_s_is_refused(kv: KVCache) -> None:
     sequence, k = kv.create(), torch.zeros(1, 2, 8)
     with kv.step([sequence]) as step:
         pass
-    with pytest.raises(InvalidState, match="not open"):
-        kv.write(0, k, k, step)
+    for closed in (step, None):
+        with pytest.raises(InvalidState, match="not open"):
+            kv.write(0, k, k, closed)  # type: ignore[arg-type]
     with KVCache(kv.spec, num_device_blocks=4) as other, other.step([other.create()]) as theirs:
         with pytest.raises(InvalidState, match="not open"):
             kv.write(0, k, k, theirs)
