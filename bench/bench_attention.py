@@ -20,7 +20,10 @@ BACKENDS = ("gather", "blockwise")
 
 
 class Case(NamedTuple):
-    """`beams` rows that share `context` tokens, or `batch` that do not, and `new` tokens each."""
+    """`beams` rows that share `context` tokens, or `batch` that do not, and `new` tokens each.
+
+    `padded`: a mask hides what would be padding on the left, of row i the part i / batch.
+    """
 
     context: int
     new: int = 1
@@ -30,16 +33,23 @@ class Case(NamedTuple):
     dim: int = 128
     dtype: str = "bfloat16"
     options: tuple[tuple[str, Any], ...] = ()
+    padded: bool = False
 
     def __str__(self) -> str:
         rows = f"{self.beams} beams" if self.beams > 1 else f"{self.batch} x"
-        options = "".join(f", {name} {value}" for name, value in self.options)
+        options = ", padded" if self.padded else ""
+        options += "".join(f", {name} {value}" for name, value in self.options)
         shape = f"{self.heads[0]}/{self.heads[1]} heads of {self.dim}, {self.dtype}{options}"
         return f"{rows} {self.new} to {self.context}, {shape}"
 
 
 CASES = [Case(n, dtype=t) for t in ("float32", "bfloat16") for n in (256, 1024, 8192, 32768)]
 CASES += [Case(n, batch=16, heads=(9, 3), dim=64, dtype="float32") for n in (128, 1024, 8192)]
+CASES += [
+    Case(n, batch=16, heads=(9, 3), dim=64, dtype=t, padded=True)
+    for n in (128, 1024)
+    for t in ("float32", "bfloat16")
+]
 CASES += [Case(n, beams=8, dtype="float32") for n in (256, 1024)]
 CASES += [
     Case(8192, beams=8, dtype="float32"),
@@ -50,7 +60,11 @@ CASES += [
     Case(4096, 256, options=(("window", 1024),)),
     Case(8192, dtype="float32", options=(("softcap", 30.0),)),
 ]
-SMALL = [Case(40, 3, batch=2, heads=(4, 2), dim=16), Case(40, beams=2, heads=(4, 2), dim=16)]
+SMALL = [
+    Case(40, 3, batch=2, heads=(4, 2), dim=16),
+    Case(40, beams=2, heads=(4, 2), dim=16),
+    Case(40, batch=2, heads=(4, 2), dim=16, padded=True),
+]
 
 
 def run(case: Case, rounds: int = 4) -> dict[str, tuple[float, int]]:
@@ -73,6 +87,11 @@ def run(case: Case, rounds: int = 4) -> dict[str, tuple[float, int]]:
         if case.beams > 1:
             ids = kv.fork(int(ids[0]), case.beams)
         q = torch.randn(rows * case.new, heads[0], case.dim).to(dtype)
+        options = dict(case.options)
+        if case.padded:
+            width = case.context + case.new
+            firsts = torch.arange(rows) * case.context // rows
+            options["attn_mask"] = (torch.arange(width) >= firsts[:, None])[:, None, None]
         with step(ids, case.new) as opened:
             found = {}
             for backend in BACKENDS * rounds:
@@ -80,7 +99,7 @@ def run(case: Case, rounds: int = 4) -> dict[str, tuple[float, int]]:
                 best, _ = found.get(backend, (float("inf"), 0))
                 for _ in range(3):
                     begin = time.perf_counter()
-                    kv.attention(0, q, opened, backend=backend, **dict(case.options))
+                    kv.attention(0, q, opened, backend=backend, **options)
                     best = min(best, time.perf_counter() - begin)
                 found[backend] = best, sum(m.nbytes for m, _ in kv._workspaces.values())
     return found

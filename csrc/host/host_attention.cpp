@@ -43,8 +43,8 @@ constexpr std::int64_t kPieceBytes = 1 << 20;  // of keys and values: worth the 
 
 std::int64_t first_seen(const DecodeRows& rows, std::size_t b, std::int64_t length) {
   // Not before 0, whatever another thread has written there since they were checked.
-  return std::max({asked_first(rows, b), rows.window > 0 ? length - rows.window : 0,
-                   std::int64_t{0}});
+  return std::max(
+      {asked_first(rows, b), rows.window > 0 ? length - rows.window : 0, std::int64_t{0}});
 }
 
 // What threads take one by one: rows, and pieces of long ones.
@@ -75,8 +75,7 @@ Pieces pieces_of(const RowShape& shape, const TableView& table,
 
   for (std::int64_t b = 0; b < table.num_rows; ++b) {
     const auto i = static_cast<std::size_t>(b);
-    const std::int64_t length =
-        std::min<std::int64_t>(seq_lens[i], table.width * shape.block_size);
+    const std::int64_t length = std::min<std::int64_t>(seq_lens[i], table.width * shape.block_size);
     Row row{
         .cells = table.cells + b * table.stride,
         .first = first_seen(rows, i, length),

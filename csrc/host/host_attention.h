@@ -16,11 +16,12 @@ struct DecodeRows {
   std::size_t layer;
   FloatType type;  // of keys and values
   std::int32_t num_kv_heads;
-  std::int32_t group;    // query heads for each KV head
-  float scale;           // of scores
-  float softcap;         // scores become softcap * tanh(scores / softcap); 0: they stay
-  std::int32_t window;   // a token sees itself and the window - 1 before it; 0: all
-  // Nor does row b see the tokens before firsts[b]; null: each sees its sequence from its beginning.
+  std::int32_t group;   // query heads for each KV head
+  float scale;          // of scores
+  float softcap;        // scores become softcap * tanh(scores / softcap); 0: they stay
+  std::int32_t window;  // a token sees itself and the window - 1 before it; 0: all
+  // Nor does row b see the tokens before firsts[b]; null: each sees its sequence from its
+  // beginning.
   const std::int32_t* firsts;
   const float* queries;  // [rows, num_kv_heads * group, k_dim]
   float* outputs;        // [rows, num_kv_heads * group, v_dim]

@@ -44,8 +44,9 @@ class Sequences:
     def create(self, tokens: Any = None, *, salt: bytes | str | None = None) -> int:
         """A new sequence that holds the longest published prefix of `tokens` but the last one.
 
-        Without tokens (None, not []) it is anonymous: what is computed for it is nobody's prefix
-        hit, whatever step() and record() tell of it. That is what the device has. What the host has beyond it, `fetch()` brings.
+        That is what the device has. What the host has beyond it, `fetch()` brings. Without tokens
+        (None, not []) it is anonymous: what is computed for it is nobody's prefix hit, whatever
+        step() and record() tell of it.
         """
         self._look()
         manager = self._open_manager()

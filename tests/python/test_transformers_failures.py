@@ -244,7 +244,10 @@ def test_what_is_no_model_or_still_learns_is_named() -> None:
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.1
-    with paged(model) as cache, pytest.raises(InvalidState, match=r"dropout, 0\.1: call model\.eval"):
+    with (
+        paged(model) as cache,
+        pytest.raises(InvalidState, match=r"dropout, 0\.1: call model\.eval"),
+    ):
         generate(model, cache, prompt())
 
 

@@ -5,6 +5,7 @@ Equal prompt rows are folded into one, since generate() repeats a prompt for eac
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,22 @@ class Held(torch.autograd.Function):
         )
 
 
+def prompt_inputs(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor | None, begin: int, end: int
+) -> dict[str, Any]:
+    """What `model` takes to compute tokens [begin, end) of prompts [B, T], without more logits."""
+    inputs: dict[str, Any] = {"input_ids": ids[:, begin:end]}
+    parameters = inspect.signature(model.forward).parameters
+    if mask is not None:
+        inputs["attention_mask"] = mask[:, :end]
+        if "position_ids" in parameters:
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            inputs["position_ids"] = positions[:, begin:end]
+    if "logits_to_keep" in parameters:
+        inputs["logits_to_keep"] = 1
+    return inputs
+
+
 def skip_held(inputs: dict[str, Any], length: int) -> dict[str, Any]:
     """Inputs that begin at position 0, without the `length` tokens that the cache holds of them.
 
@@ -82,7 +99,7 @@ def untold(inputs: Mapping[str, Any], is_prompt: bool) -> str | None:
     if inputs.get("input_ids") is None:
         return "the model is given inputs_embeds"
     if is_prompt and isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all()):
-        return "its mask, which generate() makes by pad_token_id if none is given, hides some of them"
+        return "its mask (without one generate() makes it by pad_token_id) hides some of them"
     return None
 
 

@@ -12,7 +12,6 @@ All rows have one length, as in transformers' own caches: padding is stored, and
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,16 @@ from transformers import Cache
 from pagedkv.cache import KVCache
 from pagedkv.errors import InvalidSpec, InvalidState
 from pagedkv.integrations._attach import Attached, attach
-from pagedkv.integrations._forward import Forward, Held, by_token, fold_rows, skip_held, unfold_rows, untold
+from pagedkv.integrations._forward import (
+    Forward,
+    Held,
+    by_token,
+    fold_rows,
+    prompt_inputs,
+    skip_held,
+    unfold_rows,
+    untold,
+)
 from pagedkv.integrations._rows import CacheStats, Rows
 from pagedkv.spec import KVSpec
 from pagedkv.transfers import Transfer
@@ -47,8 +55,9 @@ class PagedCache(Cache, Attached):
     A model that is attached (`attach(model)`; for_model() does it) computes equal prompts once,
     uses paged attention, and tells start() each token. All else works without.
 
-    K and V are kept without gradients: use no_grad(), since with them enabled they are gathered, and
-    backward() raises InvalidState where it needs theirs. A cache that is dropped gives its rows back.
+    K and V are kept without gradients: use no_grad(), since with them enabled they are gathered,
+    and backward() raises InvalidState where it needs theirs. A cache that is dropped gives its rows
+    back.
     """
 
     def __init__(self, kv: KVCache, *, paged_attention: bool = True) -> None:
@@ -131,7 +140,7 @@ class PagedCache(Cache, Attached):
             else:
                 held = kv.gather(layer_idx, step)
                 if torch.is_grad_enabled():
-                    key_states, value_states = Held.apply(key_states, value_states, *held)
+                    key_states, value_states = Held.apply(key_states, value_states, *held)  # type: ignore[no-untyped-call]
                 else:
                     key_states, value_states = held
         if forward.next_layer == len(self) and not forward.attached:
@@ -253,9 +262,10 @@ class PagedCache(Cache, Attached):
     def finish(self, sequences: Any = None) -> None:
         """End a request: release its rows and leave what start() began as prefix hits.
 
-        `sequences`: what generate() returned, a tensor or what has it as `sequences`. Needed only where the model is not attached, since
-        there nothing else tells which tokens were generated. After beam search, whose last beams
-        are not what it returns, only the prompt is left as a hit there.
+        `sequences`: what generate() returned, a tensor or what has it as `sequences`. Needed only
+        where the model is not attached, since there nothing else tells which tokens were generated.
+        After beam search, whose last beams are not what it returns, only the prompt is left as a
+        hit there.
         """
         sequences = getattr(sequences, "sequences", sequences)
         if sequences is not None:
@@ -277,17 +287,9 @@ class PagedCache(Cache, Attached):
         begin, end = self._rows.length, input_ids.shape[1] - 1
         if begin >= end:
             return
-        inputs: dict[str, Any] = {"input_ids": input_ids[:, begin:end], "past_key_values": self}
-        parameters = inspect.signature(model.forward).parameters
-        if attention_mask is not None:
-            inputs["attention_mask"] = attention_mask[:, :end]
-            if "position_ids" in parameters:
-                positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-                inputs["position_ids"] = positions[:, begin:end]
-        if "logits_to_keep" in parameters:
-            inputs["logits_to_keep"] = 1
+        inputs = prompt_inputs(model, input_ids, attention_mask, begin, end)
         with torch.no_grad():
-            model(**inputs, use_cache=True)
+            model(**inputs, past_key_values=self, use_cache=True)
 
     def park(self) -> Transfer:
         """Move all rows to host memory until resume(); their blocks are free at once.
