@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 import pagedkv as pk
+from pagedkv.config import ModelConfig
 from pagedkv.planner.catalog import find_gpu, find_model, gpus, model_names
 from pagedkv.planner.groups import Pool
 from pagedkv.planner.model import load_model
-from pagedkv.planner.parameters import count
+from pagedkv.planner.parameters import count, tensors
 
 GiB = 2**30
 
@@ -133,6 +134,52 @@ def test_quantised_configs(quantisation: dict[str, Any], scheme: str, bits: floa
     expected = 2 * (embeddings + 65 * 4096) + matrices * bits / 8
     assert weights.scheme.startswith(scheme)
     assert weights.total_bytes == pytest.approx(expected, rel=0.002)
+
+
+@pytest.mark.parametrize(
+    ("listed", "parts"),
+    [
+        (["lm_head", "model.embed_tokens", "model.layers.0.input_layernorm", "model.norm"], ()),
+        (["model.layers.0.post_attention_layernorm", "re:.*self_attn.q_norm", "model.visual"], ()),
+        (["model.layers.0.mlp.gate", "re:.*mlp.gate$", "mlp.shared_expert_gate", "gate"], ()),
+        (["model.layers.0.self_attn.q_proj"], ("q_proj", "k_proj", "v_proj", "o_proj")),
+        (["re:.*self_attn.*"], ("q_proj", "k_proj", "v_proj", "o_proj")),
+        ([r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"], ("mlp.",)),
+        (["model.layers.0.mlp.down_proj", "lm_head"], ("mlp.",)),
+        (["re:.*shared_experts.*"], ("shared_expert.",)),
+        (["model.layers.3.mlp.experts"], ("expert.", "shared_expert.")),
+        (["model.layers.3.mlp"], ("mlp.", "expert.", "shared_expert.")),
+        (["model.layers.3"], ("",)),
+        (["re:.*(self_attn|mlp).*"], ("",)),
+        (["re:.*self_attn.*|.*mlp.*"], ("",)),
+    ],
+)
+def test_what_a_config_leaves_unquantised(listed: list[str], parts: tuple[str, ...]) -> None:
+    """The upper end counts what a list may mean, and nothing that is never quantised anyway."""
+    sizes = {"model_type": "qwen2_moe", "num_hidden_layers": 4, "mlp_only_layers": [0],
+             "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4,
+             "vocab_size": 512, "num_experts": 8,
+             "num_experts_per_tok": 2, "intermediate_size": 512, "moe_intermediate_size": 128,
+             "shared_expert_intermediate_size": 128, "dtype": "bfloat16"}  # fmt: skip
+    method: dict[str, Any] = {"quant_method": "fp8", "modules_to_not_convert": listed}
+    plan = pk.plan_memory({**sizes, "quantization_config": method}, "24GB")
+    quantised = [t for t in tensors(ModelConfig.read(sizes)) if t.role in ("linear", "expert")]
+    kept = [t for t in quantised if t.name.startswith(parts)]
+    # 2 bytes for each parameter instead of 1, and no scale of 4 bytes for each matrix
+    more = sum(t.num_elements - 4 * t.copies for t in kept)
+    assert plan.weights.most_bytes - plan.weights.num_bytes == more
+    assert plan.weights.exact == (not parts)
+    assert any("unquantised" in note for note in plan.notes) == bool(parts)
+
+
+@pytest.mark.parametrize(("model", "gpu"), [("gpt-oss-120b", "H200"), ("gpt-oss-20b", "RTX-4090")])
+def test_mxfp4_leaves_only_the_padding_uncertain(model: str, gpu: str) -> None:
+    """Its config lists attention and routers, which are counted in 16 bit from the start."""
+    plan = pk.plan_memory(model, gpu, max_model_len=2048, input_len=1024, output_len=256)
+    weights, kv = plan.components[:2]
+    assert weights.high - weights.num_bytes == plan.weights.num_bytes // 50
+    assert kv.low > 0.8 * kv.num_bytes
+    assert not any("unquantised" in note or "close" in note for note in plan.notes)
 
 
 # ---- an engine's logs --------------------------------------------------------------------------

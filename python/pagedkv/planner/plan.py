@@ -326,7 +326,10 @@ def _notes(fit: Fit, whole: KVSpec) -> tuple[str, ...]:
     if not fit.gpu.has_bfloat16 and "bfloat16" in (fit.load.kv_dtype, fit.weighed.scheme):
         notes.append(f"{fit.gpu.name} has no bfloat16: float16 is as large")
     if fit.weighed.most_bytes > fit.weighed.num_bytes:
-        notes.append("the config leaves layers unquantised, which are counted as if they were not")
+        notes.append(
+            "the config leaves some matrices unquantised: the estimate of the weights has all of "
+            "them quantised, its upper end none"
+        )
     kinds = {layer.kind for layer in whole.layers}
     if kinds & {"latent", "state"} or any(layer.state_bytes for layer in whole.layers):
         held = "latent attention" if "latent" in kinds else "recurrent state"

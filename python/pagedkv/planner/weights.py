@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,22 @@ QUANTISED: dict[str, dict[str, Any]] = {
 }
 DEFAULT_DTYPE = "bfloat16"  # where the config does not say; the plan says so
 _EXPERT_MULTIPLE = 256  # MXFP4 kernels pad the experts' width to this
+
+# A config lists modules that stay unquantised by path or regular expression. These are never
+# quantised here, or not counted at all; a module is named by the end of its path.
+_PLAIN = re.compile(
+    r"(norm|embed|wte|wpe|lm_head|router|conv_?1d|bias)\w*\W*$|(\b|expert_)gate\$?$"
+    r"|vision|visual|audio|multi_?modal|\bmtp\b"
+)
+# Which parts of a layer a path is of, as _part() names them: the first that matches.
+_PARTS: dict[str, frozenset[str]] = {
+    r"shared_?expert": frozenset({"shared_expert"}),
+    r"expert": frozenset({"expert", "shared_expert"}),
+    r"mlp\\?\.\w+_proj": frozenset({"mlp"}),
+    r"mlp|feed_forward|ffn|moe": frozenset({"mlp", "expert", "shared_expert"}),
+    r"attn|attention|mamba": frozenset({"mixer"}),
+}
+_ALL_PARTS = frozenset({"mixer", "mlp", "expert", "shared_expert"})
 
 
 @dataclass(frozen=True)
@@ -69,9 +86,11 @@ def weigh(model: Model, dtype: str, tp: int) -> Weights:
     total = sum(_tensor_bytes(t, method, own, 1, padded=False) for t in everything)
     loaded = sum(_tensor_bytes(t, method, own, tp, padded=True) for t in everything)
     scheme = own if method is None else _describe(method)
-    most = loaded
-    if method is not None and _ignores(method):
-        most = sum(_tensor_bytes(t, None, own, tp, padded=True) for t in everything)
+    kept = frozenset() if method is None else _kept(method)
+    most = sum(
+        _tensor_bytes(t, None if _part(t) in kept else method, own, tp, padded=True)
+        for t in everything
+    )
     known = most == loaded and not config.towers
     exact = tp == 1 and total == loaded and known and not model.assumptions
     source = "every tensor of the architecture"
@@ -99,13 +118,27 @@ def _active(everything: Sequence[Tensor]) -> int:
     return sum(t.num_active for t in everything if t.role != "embedding" or not has_head)
 
 
-def _ignores(method: Mapping[str, Any]) -> bool:
-    """Whether the config keeps some layers as they were, besides the head."""
+def _kept(method: Mapping[str, Any]) -> frozenset[str]:
+    """The parts of layers in which the config may leave matrices unquantised."""
     names: list[Any] = []
     for field in ("ignore", "ignored_layers", "modules_to_not_convert"):
         found = method.get(field)
         names += found if isinstance(found, list) else []
-    return any("lm_head" not in str(name) and "embed" not in str(name) for name in names)
+    parts: frozenset[str] = frozenset()
+    for name in map(str, names):
+        path = re.sub(r"\([\w|]*\)", "x", name)  # "(up|down)_proj": one name or the other
+        if "|" in path:
+            parts |= _ALL_PARTS
+        elif not _PLAIN.search(path):
+            matching = (part for words, part in _PARTS.items() if re.search(words, path))
+            parts |= next(matching, _ALL_PARTS)
+    return parts
+
+
+def _part(tensor: Tensor) -> str:
+    """The part of a layer that a tensor is in: "mlp" of "mlp.up"; attention has no such name."""
+    part, dot, _ = tensor.name.partition(".")
+    return part if dot else "mixer"
 
 
 def weights_dtype(model: Model, dtype: str) -> str:
