@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -98,9 +99,21 @@ def _fail(message: str) -> NoReturn:
 
 def main() -> None:
     """Entry point. What the user can mend ends in a message and exit code 2, not a traceback."""
+    # Who reads the output may stop early, as `head` does. That ends us as it ends other commands
+    # (141 in a shell): by themselves typer and rich make it 1, which means "does not fit".
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
-        app()
+        _run()
     except KVError as error:
         _fail(str(error))
     except OSError as error:  # of a file that a flag names, or of the output
         _fail(f"{error.filename or 'output'}: {error.strerror or error}")
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+
+
+def _run() -> None:
+    try:
+        app()
+    finally:
+        print(end="", flush=True)  # while a pipe that nobody reads still ends us

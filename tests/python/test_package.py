@@ -6,7 +6,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import pagedkv
-from pagedkv import errors
+from pagedkv import cli, errors
 from pagedkv.info import collect
 
 
@@ -173,6 +175,34 @@ def test_bad_input_is_a_message_and_exit_code_2(arguments: list[str], message: s
     assert run.returncode == 2
     assert message in run.stderr
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "plan --model Llama-3-8B --gpu A100-80GB",
+        "plan --model Llama-3-8B --gpu A100-80GB --json",
+        "simulate --trace synthetic:alpaca --num-requests 20 --policy paged",
+        "info",
+        "--help",
+    ],
+)
+def test_output_that_nobody_reads_on_ends_as_sigpipe_does(arguments: str) -> None:
+    """Not as 1, which would say that a load does not fit. A shell makes it 141."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "pagedkv", *arguments.split()]
+    with os.fdopen(writer, "wb") as stdout:
+        run = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, check=False)
+    assert (run.returncode, run.stderr) == (-signal.SIGPIPE, b"")
+
+
+def test_main_leaves_sigpipe_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pagedkv", "info", "--json"])
+    before = signal.getsignal(signal.SIGPIPE)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert signal.getsignal(signal.SIGPIPE) == before
 
 
 def test_an_error_of_pagedkv_is_a_message_and_exit_code_2() -> None:
