@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pagedkv import __version__
 from pagedkv.errors import KVError
 from pagedkv.info import CudaInfo, collect
 from pagedkv.planner.command import plan
@@ -31,6 +32,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(plan)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"pagedkv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version)
+    ] = False,
+) -> None:
+    """What may stand before a command."""
 
 
 @app.command()

@@ -145,6 +145,12 @@ def test_out_of_blocks_tells_what_to_do_and_pickles() -> None:
     assert (copy.tier, copy.needed, copy.available, str(copy)) == ("device", 1, 0, str(error))
 
 
+def test_the_command_line_says_its_version() -> None:
+    run = command("--version")
+    assert (run.returncode, run.stdout) == (0, f"pagedkv {pagedkv.__version__}\n")
+    assert "KV-cache block manager" in command("--help").stdout
+
+
 def test_info_prints_a_table() -> None:
     run = command("info")
     assert run.returncode == 0, run.stderr
