@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,19 @@ def test_a_hub_id_without_the_package_says_what_to_install(
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     message = refused(capsys, monkeypatch, "--model", HUB_ID, "--gpu", "L4")
     assert "pip install huggingface_hub" in message
+
+
+def test_a_hub_that_is_out_of_reach_is_a_message_at_once() -> None:
+    """In a process of its own, since huggingface_hub reads where the hub is when it is imported."""
+    pytest.importorskip("huggingface_hub")
+    words = [sys.executable, "-m", "pagedkv", "plan", "--model", HUB_ID, "--gpu", "L4"]
+    nowhere = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    run = subprocess.run(
+        words, capture_output=True, text=True, check=False, env=nowhere, timeout=20
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"pagedkv: model is {HUB_ID!r}, and its config.json was not found")
+    assert len(run.stderr.splitlines()) == 1
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(

@@ -209,6 +209,10 @@ def test_a_hub_id_is_fetched(monkeypatch: pytest.MonkeyPatch, config: Path) -> N
     asked = []
 
     class Hub:
+        try_to_load_from_cache = staticmethod(lambda name, file: None)
+        hf_hub_url = staticmethod(lambda name, file: f"{name}/{file}")
+        get_hf_file_metadata = staticmethod(lambda url: None)
+
         @staticmethod
         def hf_hub_download(name: str, file: str) -> str:
             asked.append((name, file))

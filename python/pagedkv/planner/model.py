@@ -174,18 +174,25 @@ def _from_hub(name: str) -> Model:
             f"model is {name!r}, a hub id: that needs huggingface_hub (pip install "
             "huggingface_hub), or give the path of a config.json"
         ) from error
+
+    def fetch(file: str) -> Path:
+        """Ask for what is not cached first: without a network, a download tries again for 24 s."""
+        if not isinstance(huggingface_hub.try_to_load_from_cache(name, file), str):
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, file))
+        return Path(huggingface_hub.hf_hub_download(name, file))
+
     try:
-        config = huggingface_hub.hf_hub_download(name, "config.json")
+        config = fetch("config.json")
     except Exception as error:  # its own errors, those of the network, of the file system
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InvalidSpec(
-            f"model is {name!r}, and its config.json was not found: {first}"
+            f"model is {name!r}, and its config.json was not found on the hub: {first}"
         ) from error
     try:
-        index = Path(huggingface_hub.hf_hub_download(name, _INDEX))
+        index = fetch(_INDEX)
     except Exception:  # one file has no index; the count by architecture is as good
-        return _model(name, f"hub: {name}", _read(Path(config)))
-    return _model(name, f"hub: {name}", _read(Path(config)), _from_index(index))
+        return _model(name, f"hub: {name}", _read(config))
+    return _model(name, f"hub: {name}", _read(config), _from_index(index))
 
 
 def _checkpoint(folder: Path) -> Checkpoint | None:
