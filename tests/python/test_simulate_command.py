@@ -159,6 +159,11 @@ def test_memory_in_bytes_and_a_rate(prefixes: Path) -> None:
     assert saturated["policies"][0]["num_refused"] == 20
 
 
+def test_a_policy_that_is_named_twice_runs_once() -> None:
+    found = json.loads(run(*ALPACA, "--policy", "swap,paged,swap", "--json").stdout)
+    assert [policy["policy"] for policy in found["policies"]] == ["swap", "paged"]
+
+
 def test_the_service_model_can_be_told() -> None:
     told = ("--step-ms", 20, "--prefill-rate", 5000, "--copy-bandwidth", "50GB")
     service = json.loads(run(*ALPACA, *told, "--json").stdout)["service"]
@@ -229,6 +234,8 @@ def test_short_sizes() -> None:
         ((*ALPACA, "--num-slots", "5"), "num_slots is 5"),
         ((*ALPACA, "--num-slots", "0"), "num_slots is 0"),
         ((*ALPACA, "--memory", "12Gb"), "--memory is '12Gb'"),
+        ((*ALPACA, "--memory", "5"), "--memory is '5', less than the 13,107,200 bytes of a block"),
+        ((*ALPACA, "--memory", "2MB"), "of a block: is a unit missing, such as GiB?"),
         ((*ALPACA, "--memory", "1GiB", "--num-slots", "99"), "choose one"),
         ((*ALPACA, "--token-bytes", "0", "--memory", "1GiB"), "token_bytes is 0"),
         ((*ALPACA, "--host-memory", "much"), "--host-memory is 'much'"),

@@ -150,7 +150,7 @@ def simulate(
         model, gpu, tp, block_size, token_bytes, parameters, weights, bandwidth, tflops,
         efficiency, copy_bandwidth,
     )  # fmt: skip
-    slots = _slots(num_slots, memory, hardware)
+    slots = _slots(num_slots, memory, hardware, block_size)
     setting = _setting(
         num_slots=slots, block_size=block_size, token_bytes=hardware.token_bytes,
         host_slots=_host_slots(host_memory, hardware.token_bytes), max_model_len=max_model_len,
@@ -198,13 +198,21 @@ def _hardware(
     )
 
 
-def _slots(num_slots: int | None, memory: str | None, hardware: Hardware) -> int | None:
+def _slots(
+    num_slots: int | None, memory: str | None, hardware: Hardware, block_size: int
+) -> int | None:
     """Tokens in the device's memory, if it is given."""
     if memory is None:
         return hardware.num_slots if num_slots is None else num_slots
     if num_slots is not None:
         raise InvalidSpec("--num-slots is given beside --memory: choose one")
-    return parse_bytes(memory, "--memory") // max(1, hardware.token_bytes)
+    slots = parse_bytes(memory, "--memory") // max(1, hardware.token_bytes)
+    if slots < block_size:
+        raise InvalidSpec(
+            f"--memory is {memory!r}, less than the {block_size * hardware.token_bytes:,} bytes of "
+            "a block: is a unit missing, such as GiB?"
+        )
+    return slots
 
 
 def _host_slots(host_memory: str | None, token_bytes: int) -> int | None:

@@ -38,7 +38,8 @@ def simulate(
     Args:
         trace: a Trace, a file for read_trace(), "synthetic:sharegpt" or "synthetic:alpaca".
         setting: the memory and the scheduler.
-        policies: of POLICIES, in the order wanted; by default all that differ on this trace.
+        policies: of POLICIES, in the order wanted, each run once; by default all that differ on
+            this trace.
         cache_sizes: sizes of a prefix cache to study, in tokens, None for one that never evicts;
             needs a trace with hash ids.
         service: how long steps take.
@@ -50,7 +51,7 @@ def simulate(
     setting = SimulationSetting() if setting is None else setting
     service = ServiceModel() if service is None else service
     trace = _load(trace, setting.seed)
-    names = default_policies(trace, setting) if policies is None else tuple(policies)
+    names = default_policies(trace, setting) if policies is None else dict.fromkeys(policies)
     for name in names:
         if name not in POLICIES:
             raise InvalidSpec(f"policy {name!r}, expected one of {', '.join(POLICIES)}")
