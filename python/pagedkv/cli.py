@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import signal
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -115,9 +118,7 @@ def _fail(message: str) -> NoReturn:
 
 def main() -> None:
     """Entry point. What the user can mend ends in a message and exit code 2, not a traceback."""
-    # Who reads the output may stop early, as `head` does. That ends us as it ends other commands
-    # (141 in a shell): by themselves typer and rich make it 1, which means "does not fit".
-    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    before = signal.signal(signal.SIGPIPE, _on_broken_pipe)
     try:
         _run()
     except KVError as error:
@@ -126,6 +127,19 @@ def main() -> None:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}")
     finally:
         signal.signal(signal.SIGPIPE, before)
+
+
+def _on_broken_pipe(number: int, frame: FrameType | None) -> None:
+    """Who reads the output may stop early, as `head` does: end as other commands do.
+
+    Which is 141 in a shell. By themselves typer and rich make it 1, which means "does not fit". A
+    connection that broke is no end.
+    """
+    output = select.poll()
+    output.register(1, 0)
+    if output.poll(0):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGPIPE)
 
 
 def _run() -> None:

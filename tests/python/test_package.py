@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -201,6 +202,19 @@ def test_output_that_nobody_reads_on_ends_as_sigpipe_does(arguments: str) -> Non
     with os.fdopen(writer, "wb") as stdout:
         run = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, check=False)
     assert (run.returncode, run.stderr) == (-signal.SIGPIPE, b"")
+
+
+def test_a_connection_that_breaks_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks() -> None:
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        with ours:
+            ours.send(b"for nobody")
+
+    monkeypatch.setattr(cli, "app", breaks)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2  # as any OSError
 
 
 def test_main_leaves_sigpipe_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
