@@ -65,12 +65,6 @@ class Rows:
     """Sequences `ids` of `kv`, each of `length` tokens; at most one step is open."""
 
     def __init__(self, kv: KVCache) -> None:
-        for i, layer in enumerate(kv.spec.layers):
-            if DTYPE_BYTES[layer.dtype] == 1:
-                raise InvalidSpec(
-                    f"layer {i} is stored as {layer.dtype}, which a model's own attention cannot "
-                    "read: expected the model's dtype"
-                )
         self.kv = kv
         self.open_step: OpenStep | None = None
         self._made: _Ids | None = None  # while a step is opened: sequences that are for it alone
@@ -79,6 +73,12 @@ class Rows:
         self.num_hit_tokens = 0
         self.dense_peak_bytes = 0
         self._forget()
+        for i, layer in enumerate(kv.spec.layers):
+            if DTYPE_BYTES[layer.dtype] == 1:
+                raise InvalidSpec(
+                    f"layer {i} is stored as {layer.dtype}, which a model's own attention cannot "
+                    "read: expected the model's dtype"
+                )
 
     def _forget(self) -> None:
         self.ids = _NONE
