@@ -240,6 +240,8 @@ def test_prompts_that_are_no_ids(ids: Any) -> None:
 def test_what_is_no_model_or_still_learns_is_named() -> None:
     with pytest.raises(InvalidSpec, match="model is 'gpt2', expected a model of transformers"):
         PagedCache.for_model("gpt2")
+    with pytest.raises(InvalidSpec, match="expected a KVCache"):
+        PagedCache(tiny.model("llama"))
     model = copy.deepcopy(tiny.model("llama")).train()
     for module in model.modules():
         if hasattr(module, "attention_dropout"):

@@ -62,6 +62,8 @@ class PagedCache(Cache, Attached):
 
     def __init__(self, kv: KVCache, *, paged_attention: bool = True) -> None:
         super().__init__(layers=[])
+        if not isinstance(kv, KVCache):
+            raise InvalidSpec(f"kv is {kv!r:.80}, expected a KVCache: for_model() makes one")
         self.kv = kv
         self._rows = Rows(kv)
         self._forward = Forward()
