@@ -186,10 +186,8 @@ class PagedCache(Cache, Attached):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last -tokens_to_remove tokens; a positive argument is the length to keep."""
-        length = tokens_to_remove
-        if length <= 0:
-            length += self._rows.length
-        self._rows.truncate(max(length, 0))
+        length = self._rows.length if tokens_to_remove <= 0 else 0
+        self._rows.truncate(max(length + tokens_to_remove, 0))
 
     def reset(self) -> None:
         """Release all rows. What start() began and finish() ended stays as prefix hits."""
