@@ -84,14 +84,14 @@ void BlockManager::undecide(std::vector<Entry>& entries) {
 }
 
 // A published block that only its one sequence needs may be written in place, at the price of its
-// publication: so a prompt that hits never needs more blocks than one that misses.
+// publication, and of what is cached below it: so a prompt that hits never needs more blocks than
+// one that misses.
 std::int64_t BlockManager::take_over(std::vector<Entry>& entries, std::int64_t excess) {
   std::int64_t saved = 0;
   for (Entry& entry : entries) {
     if (saved == excess) break;
-    const Node& node = tree_.node(entry.tip);
-    if (entry.write != Write::copy || !node.published || tree_.num_holders(entry.tip) != 1 ||
-        tree_.has_children(entry.tip)) {
+    if (entry.write != Write::copy || !tree_.node(entry.tip).published ||
+        tree_.num_holders(entry.tip) != 1) {
       continue;
     }
     tree_.unmark_leaving(entry.tip);
@@ -201,7 +201,7 @@ void BlockManager::write(const Entry& entry, const Token* tokens, std::int64_t a
   bool fresh = entry.write == Write::extend;
   if (!fresh) {
     int known = std::min<int>(tree_.node(node).known, o);
-    if (entry.write == Write::take_over) tree_.unpublish(node);
+    if (entry.write == Write::take_over) tree_.take_over(node);
     if (entry.write == Write::copy) {
       const NodeId parent = tree_.node(entry.tip).parent;
       node = tree_.add(parent, Tier::device);

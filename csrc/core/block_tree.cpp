@@ -321,16 +321,25 @@ void BlockTree::unpublish(NodeId id) {
   if (num_holders(id) == 0) free_node(id);
 }
 
-void BlockTree::unpublish_subtree(NodeId root) {
+void BlockTree::unpublish_subtree(NodeId top) {
   // Bottom up, as in drop_subtree().
-  NodeId id = root;
+  NodeId id = top;
   for (;;) {
     for (NodeId child; (child = any_child(id)) != NodeId::none;) id = child;
-    if (id == root) return;
+    if (id == top) return;
     const NodeId parent = node(id).parent;
     unpublish(id);
     id = parent;
   }
+}
+
+void BlockTree::take_over(NodeId id) {
+  KV_CHECK(num_holders(id) == 1);
+  const auto num_free = [this] { return pools_[0].num_free() + pools_[1].num_free(); };
+  num_evicted_ -= num_free();
+  unpublish_subtree(id);
+  unpublish(id);
+  num_evicted_ += num_free();
 }
 
 void BlockTree::clear(std::string_view salt) {

@@ -135,7 +135,8 @@ class BlockTree {
   // --- publication
   bool may_publish(NodeId id) const { return is_complete(id) && node(node(id).parent).published; }
   void publish(NodeId id KV_SITE);
-  void unpublish(NodeId id);  // without published children; loses what nobody holds of it
+  // A published node with one holder becomes private. What nobody holds of it and below is evicted.
+  void take_over(NodeId id);
   void clear(std::string_view salt);
   void clear_all();
 
@@ -167,7 +168,8 @@ class BlockTree {
   NodeId any_child(NodeId id) const;
   void evict_one(Tier tier);
   void drop_block(NodeId id, Tier tier);  // of a cached node without children in this tier
-  void unpublish_subtree(NodeId root);
+  void unpublish(NodeId id);           // without published children; loses what nobody holds of it
+  void unpublish_subtree(NodeId top);  // all below it
   void verify_tier(Tier tier, const std::vector<std::int32_t>& ends) const;
   void verify_node(NodeId id) const;
   NodeId find(NodeId parent, const Token* tokens, std::uint64_t hash) const;

@@ -163,6 +163,35 @@ TEST_CASE("rollback leaves paths, lengths and counts as they were") {
   CHECK(m.stats().num_logical_blocks == before.num_logical_blocks);
 }
 
+TEST_CASE("what fits in the pool is never refused to the only sequence") {
+  for (unsigned seed = 0; seed < 1000; ++seed) {
+    std::mt19937 random(seed);
+    const auto below = [&random](std::int64_t n) {
+      return static_cast<std::int64_t>(random() % n);
+    };
+    Config c = config(1 + below(6), 1 + below(4));
+    c.num_host_blocks = below(3) > 0 ? 0 : 3;
+    BlockManager m(c);
+    for (int round = 0; round < 20; ++round) {
+      std::vector<Token> prompt(static_cast<std::size_t>(1 + below(c.model_len())));
+      for (Token& token : prompt) token = static_cast<Token>(below(2));
+      const SequenceId id = m.create(prompt, "");
+      if (c.num_host_blocks > 0) m.complete(m.fetch(id).id);
+      const auto rest = std::span(prompt).subspan(static_cast<std::size_t>(m.length(id)));
+      const auto count = static_cast<std::int64_t>(rest.size());
+      m.commit(m.append({&id, 1}, rest, true, {&count, 1}).step, {}, false);
+      m.verify();
+      const std::int64_t length = below(m.length(id) + 1);
+      if (below(3) == 0) m.truncate({&id, 1}, {&length, 1});
+      if (c.num_host_blocks > 0 && below(2) == 0 && m.num_table_blocks(id) <= c.num_host_blocks) {
+        m.complete(m.swap_out({&id, 1}).id);
+      }
+      release(m, id);
+      m.verify();
+    }
+  }
+}
+
 TEST_CASE("out of blocks changes nothing, not even what is cached") {
   Config c = config(6);
   c.max_model_len = 100;

@@ -194,14 +194,12 @@ class NaiveManager(NaiveTree):
         if any(not e.row.admitted for e in entries):
             available -= self.watermark
         for e in entries:
-            alone = self.holders(e.tip) == 1 and not e.tip.children
+            alone = self.holders(e.tip) == 1
             if needed > available and e.write == "copy" and e.tip.published and alone:
                 e.write = "take over"
                 needed -= 1
         if needed > max(available, 0):
             raise OutOfBlocks("device", needed, max(available, 0))
-        while needed > self.free():
-            self.evict()
         plan = NaivePlan([], [], [0], [])
         source: Iterator[int | None] = iter([None] * total if tokens is None else tokens)
         for e in entries:
@@ -214,25 +212,29 @@ class NaiveManager(NaiveTree):
     def write(self, e: Entry, tokens: Sequence[int | None], plan: NaivePlan) -> None:
         row, offset = e.row, e.length % self.block_size
         if e.write == "take over":
-            self.unpublish(e.tip)
+            self.take_over(e.tip)
         if e.write == "copy":
             self.pins.append(e.tip)
-            row.tip = Node(e.tip.parent, e.tip.tokens[:offset])
-            e.added.append(row.tip)
+            row.tip = self.add(e, Node(e.tip.parent, e.tip.tokens[:offset]))
             plan.copies.append((e.tip, row.tip, offset))
         elif offset > 0:
             del e.tip.tokens[offset:]
         for token in tokens:
             if row.length % self.block_size == 0:
-                row.tip = Node(row.tip)
-                e.added.append(row.tip)
+                row.tip = self.add(e, Node(row.tip))
             row.tip.tokens.append(token)
             plan.positions.append(row.length)
             row.length += 1
             row.known += token is not None
-        self.nodes += e.added
         plan.seq_lens.append(row.length)
         plan.query_starts.append(plan.query_starts[-1] + e.count)
+
+    def add(self, e: Entry, node: Node) -> Node:
+        if self.free() == 0:
+            self.evict()
+        self.nodes.append(node)
+        e.added.append(node)
+        return node
 
     def rollback(self) -> None:
         assert self.step is not None

@@ -105,6 +105,13 @@ class NaiveTree:
         self.unpublish(leaf)
         self.num_evicted += 1
 
+    def take_over(self, node: Node) -> None:
+        """Hide a node that one sequence needs; what is cached below it goes."""
+        before = len(self.nodes)
+        self.hide(node)
+        self.unpublish(node)
+        self.num_evicted += before - len(self.nodes)
+
     def free(self) -> int:
         return self.num_blocks - len(self.nodes)
 

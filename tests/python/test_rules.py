@@ -102,6 +102,22 @@ def test_rule_03_a_hit_never_needs_more_blocks_than_a_miss() -> None:
         assert hit(m, prompt) == 8
 
 
+@pytest.mark.parametrize("how", ["a hit", "truncate"])
+def test_rule_03_what_is_cached_below_a_taken_over_block_is_evicted(how: str) -> None:
+    """It is room as any other, and hangs below the one block that there is no copy for."""
+    m = pk.BlockManager(3, block_size=4)
+    a = admit(m, list(range(12)))
+    if how == "truncate":
+        m.truncate([a], [2])
+    else:
+        m.release([a])
+        a = m.create([0, 1, *range(50, 60)])
+    assert (m.length(a), m.stats().device.num_cached) == (2, 2)
+    m.commit(plan := m.append([a], list(range(50, 60)), counts=[10]))
+    assert (plan.num_copies, m.stats().num_evicted_blocks) == (0, 2)
+    assert (hit(m, list(range(12))), hit(m, [0, 1, *range(50, 60)])) == (2, 12)
+
+
 def test_rule_03_what_others_need_is_not_taken_over() -> None:
     """Neither from another sequence nor from a block below."""
     m = pk.BlockManager(2, block_size=2)
