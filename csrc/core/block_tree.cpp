@@ -10,6 +10,9 @@ namespace pagedkv {
 namespace {
 // How many children a partial lookup compares, the newest first.
 constexpr int kMaxPartialCandidates = 16;
+// For so many the memory is set aside, and mapped by the system when they are made: so that a new
+// root costs the same in any pool.
+constexpr std::size_t kNumRoots = 1 << 16;
 }  // namespace
 
 BlockTree::BlockTree(std::int32_t num_device_blocks, std::int32_t num_host_blocks, int block_size,
@@ -18,17 +21,25 @@ BlockTree::BlockTree(std::int32_t num_device_blocks, std::int32_t num_host_block
       seed_(seed),
       pools_{BlockPool(num_device_blocks), BlockPool(num_host_blocks)},
       index_(static_cast<std::size_t>(num_device_blocks) + num_host_blocks) {
-  // Every node but a root has a block in some tier, so only opening a root can run out of nodes.
-  const std::size_t num_nodes = static_cast<std::size_t>(num_device_blocks) + num_host_blocks + 2;
-  grow(num_nodes);
-  KV_CHECK(new_node() == kAnonymousRoot);
-  at(kAnonymousRoot).place[0].count = 1;  // it stays
-  num_roots_ = 1;
+  // Every node but a root has a block in some tier, so there are never more.
+  const std::size_t num_nodes = static_cast<std::size_t>(num_device_blocks) + num_host_blocks;
+  tokens_.resize(num_nodes * std::size_t(block_size_));
+  orders_[index(Tier::device)].ensure(num_nodes);
+  if (num_host_blocks > 0) orders_[index(Tier::host)].ensure(num_nodes);
+  nodes_.reserve(num_nodes + kNumRoots);
+  nodes_.resize(num_nodes);
+  for (std::size_t i = num_nodes; i-- > 0;) {
+    nodes_[i].place[0].next_sibling = free_nodes_;
+    free_nodes_ = NodeId{static_cast<std::int32_t>(i)};
+  }
+  reserve_root();
+  anonymous_root_ = new_node(free_roots_);
+  at(anonymous_root_).place[0].count = 1;  // it stays
 }
 
 std::size_t BlockTree::bytes() const {
   std::size_t sum =
-      nodes_.capacity() * sizeof(Node) + tokens_.capacity() * sizeof(Token) + index_.bytes();
+      nodes_.size() * sizeof(Node) + tokens_.size() * sizeof(Token) + index_.bytes();
   for (const auto& pool : pools_) sum += pool.bytes();
   for (const auto& order : orders_) sum += order.bytes();
   return sum;
@@ -36,25 +47,19 @@ std::size_t BlockTree::bytes() const {
 
 // ------------------------------------------------------------------------------------- nodes
 
-NodeId BlockTree::new_node() {
-  KV_CHECK(free_nodes_ != NodeId::none);
-  const NodeId id = free_nodes_;
-  free_nodes_ = node(id).place[0].next_sibling;
+NodeId BlockTree::new_node(NodeId& free) {
+  KV_CHECK(free != NodeId::none);
+  const NodeId id = free;
+  free = node(id).place[0].next_sibling;
   at(id) = Node{};
   at(id).live = 1;
   return id;
 }
 
-void BlockTree::grow(std::size_t num_nodes) {
-  const std::size_t old = nodes_.size();
-  tokens_.resize(num_nodes * std::size_t(block_size_));
-  orders_[index(Tier::device)].ensure(num_nodes);
-  if (pool(Tier::host).num_blocks() > 0) orders_[index(Tier::host)].ensure(num_nodes);
-  nodes_.resize(num_nodes);
-  for (std::size_t i = num_nodes; i-- > old;) {
-    nodes_[i].place[0].next_sibling = free_nodes_;
-    free_nodes_ = NodeId{static_cast<std::int32_t>(i)};
-  }
+void BlockTree::reserve_root() {
+  if (free_roots_ != NodeId::none) return;
+  nodes_.emplace_back();
+  free_roots_ = NodeId{static_cast<std::int32_t>(nodes_.size() - 1)};
 }
 
 void BlockTree::free_node(NodeId id) {
@@ -62,9 +67,10 @@ void BlockTree::free_node(NodeId id) {
   for (const Tier tier : kTiers) {
     if (block(id, tier) != BlockId::none) give_block(id, tier);
   }
+  NodeId& free = is_root(id) ? free_roots_ : free_nodes_;
   at(id).live = 0;
-  at(id).place[0].next_sibling = free_nodes_;
-  free_nodes_ = id;
+  at(id).place[0].next_sibling = free;
+  free = id;
 }
 
 BlockId BlockTree::take_block(Tier tier) {
@@ -82,7 +88,7 @@ void BlockTree::give_block(NodeId id, Tier tier, bool last) {
 
 NodeId BlockTree::add(NodeId parent, Tier tier) {
   const BlockId block = take_block(tier);
-  const NodeId id = new_node();
+  const NodeId id = new_node(free_nodes_);
   at(id).parent = parent;
   Place& place = at(id).place[index(tier)];
   place.block = block;
@@ -112,38 +118,34 @@ NodeId BlockTree::find_root(std::string_view salt) const {
 
 NodeId BlockTree::open_root(std::string_view salt) {
   if (const NodeId found = find_root(salt); found != NodeId::none) return found;
-  const auto entry = roots_.emplace(std::string(salt), NodeId::none).first;
-  NodeId root = NodeId::none;
+  reserve_root();
+  const NodeId root = free_roots_;
+  const auto entry = roots_.emplace(std::string(salt), root).first;
   try {
-    const std::size_t num_blocks = static_cast<std::size_t>(pools_[0].num_blocks()) +
-                                   static_cast<std::size_t>(pools_[1].num_blocks());
-    if (num_blocks + num_roots_ == nodes_.size()) grow(nodes_.size() + nodes_.size() / 8 + 16);
-    root = free_nodes_;
-    salts_.emplace(root, entry->first);
+    salts_.emplace(root, &entry->first);
   } catch (...) {
     roots_.erase(entry);
     throw;
   }
-  new_node();
-  ++num_roots_;
+  new_node(free_roots_);
   std::uint64_t hash = seed_;
   for (const char c : salt) hash = mix(hash, static_cast<unsigned char>(c));
   at(root).hash = mix(hash, salt.size());
   at(root).published = 1;
-  entry->second = root;
   return root;
 }
 
 void BlockTree::drop_if_unused(NodeId root) {
   if (num_holders(root) > 0 || has_children(root)) return;
-  if (node(root).published) {
-    const auto salt = salts_.find(root);
-    roots_.erase(salt->second);
-    salts_.erase(salt);
-    at(root).published = 0;
-  }
+  if (node(root).published) forget_salt(root);
   free_node(root);
-  --num_roots_;
+}
+
+void BlockTree::forget_salt(NodeId root) {
+  const auto salt = salts_.find(root);
+  roots_.erase(roots_.find(*salt->second));
+  salts_.erase(salt);
+  at(root).published = 0;
 }
 
 // ------------------------------------------------------------------------------------ lookup
@@ -284,7 +286,7 @@ void BlockTree::unlink_child(NodeId id, Tier tier) {
     at(own.next_sibling).place[t].prev_sibling = own.prev_sibling;
   }
   const NodeId above = node(id).parent;
-  if (parent.first_child == NodeId::none && orders_[t].waits(above)) {
+  if (parent.first_child == NodeId::none && !is_root(above) && orders_[t].waits(above)) {
     orders_[t].remove(above);
     orders_[t].push_cold(above);
   }
@@ -343,22 +345,18 @@ void BlockTree::take_over(NodeId id) {
 }
 
 void BlockTree::clear(std::string_view salt) {
-  const NodeId root = find_root(salt);
-  if (root == NodeId::none) return;
-  unpublish_subtree(root);
-  if (num_holders(root) == 0) return drop_if_unused(root);
-  // Paths that are in use go on under this root, but nothing below it is published again.
-  at(root).published = 0;
-  const auto entry = salts_.find(root);
-  roots_.erase(entry->second);
-  salts_.erase(entry);
+  if (const NodeId root = find_root(salt); root != NodeId::none) clear_root(root);
 }
 
 void BlockTree::clear_all() {
-  while (!roots_.empty()) {
-    const std::string salt = roots_.begin()->first;
-    clear(salt);
-  }
+  while (!roots_.empty()) clear_root(roots_.begin()->second);
+}
+
+// Paths that are in use go on under this root, but nothing below it is published again.
+void BlockTree::clear_root(NodeId root) {
+  unpublish_subtree(root);
+  forget_salt(root);
+  drop_if_unused(root);
 }
 
 }  // namespace pagedkv

@@ -74,7 +74,7 @@ class BlockTree {
 
   // --- roots. A path starts at the root of its salt, or at the anonymous root, which nobody else
   // shares by content.
-  NodeId anonymous_root() const { return kAnonymousRoot; }
+  NodeId anonymous_root() const { return anonymous_root_; }
   NodeId find_root(std::string_view salt) const;  // none if no sequence and no block has this salt
   NodeId open_root(std::string_view salt);        // the caller refs it or calls drop_if_unused
   void drop_if_unused(NodeId root);
@@ -149,7 +149,6 @@ class BlockTree {
   void verify(const Ends& ends) const;
 
  private:
-  static constexpr NodeId kAnonymousRoot{0};
   struct SaltHash {
     using is_transparent = void;
     std::size_t operator()(std::string_view s) const { return std::hash<std::string_view>{}(s); }
@@ -157,9 +156,10 @@ class BlockTree {
   using Roots = std::unordered_map<std::string, NodeId, SaltHash, std::equal_to<>>;
 
   Node& at(NodeId id) { return nodes_[index(id)]; }
-  NodeId new_node();
+  NodeId new_node(NodeId& free);
   void free_node(NodeId id);
-  void grow(std::size_t num_nodes);  // all its arrays, or throws with none of them used
+  void forget_salt(NodeId root);
+  void reserve_root();  // the next new_node(free_roots_) does not throw
   void complete(NodeId id);       // all its tokens are known: hash them, and warm up for publish()
   BlockId take_block(Tier tier);  // evicting for it if need be
   void give_block(NodeId id, Tier tier, bool last = false);
@@ -170,6 +170,7 @@ class BlockTree {
   void drop_block(NodeId id, Tier tier);  // of a cached node without children in this tier
   void unpublish(NodeId id);           // without published children; loses what nobody holds of it
   void unpublish_subtree(NodeId top);  // all below it
+  void clear_root(NodeId root);
   void verify_tier(Tier tier, const std::vector<std::int32_t>& ends) const;
   void verify_node(NodeId id) const;
   NodeId find(NodeId parent, const Token* tokens, std::uint64_t hash) const;
@@ -177,15 +178,16 @@ class BlockTree {
 
   int block_size_;
   std::uint64_t seed_;
-  std::vector<Node> nodes_;
-  std::vector<Token> tokens_;  // block_size per node
+  std::vector<Node> nodes_;    // one for each block, and behind them the roots
+  std::vector<Token> tokens_;  // block_size per node; roots have none
   NodeId free_nodes_ = NodeId::none;
+  NodeId free_roots_ = NodeId::none;
+  NodeId anonymous_root_ = NodeId::none;
   std::array<BlockPool, kNumTiers> pools_;
   std::array<EvictionOrder, kNumTiers> orders_;
-  std::size_t num_roots_ = 0;
   PrefixIndex index_;  // published nodes
   Roots roots_;
-  std::unordered_map<NodeId, std::string> salts_;  // the other way round
+  std::unordered_map<NodeId, const std::string*> salts_;  // the other way round
   std::uint32_t mark_ = 0;
   std::int64_t num_evicted_ = 0;
 };

@@ -8,7 +8,6 @@ namespace pagedkv {
 
 void BlockTree::verify(const Ends& ends) const {
   std::size_t num_live = 0;
-  std::size_t num_roots = 0;
   for (std::size_t i = 0; i < nodes_.size(); ++i) {
     const NodeId id{static_cast<std::int32_t>(i)};
     if (!node(id).live) {
@@ -16,15 +15,15 @@ void BlockTree::verify(const Ends& ends) const {
       continue;
     }
     ++num_live;
-    num_roots += is_root(id);
     verify_node(id);
   }
-  KV_CHECK(num_roots == num_roots_);
   for (const Tier tier : kTiers) verify_tier(tier, ends[index(tier)]);
 
   std::size_t num_free_nodes = 0;
-  for (NodeId id = free_nodes_; id != NodeId::none; id = node(id).place[0].next_sibling) {
-    KV_CHECK(!node(id).live && ++num_free_nodes <= nodes_.size());
+  for (NodeId id : {free_nodes_, free_roots_}) {
+    for (; id != NodeId::none; id = node(id).place[0].next_sibling) {
+      KV_CHECK(!node(id).live && ++num_free_nodes <= nodes_.size());
+    }
   }
   KV_CHECK(num_free_nodes + num_live == nodes_.size());
   KV_CHECK(roots_.size() == salts_.size());
@@ -32,6 +31,7 @@ void BlockTree::verify(const Ends& ends) const {
 
 void BlockTree::verify_node(NodeId id) const {
   const Node& n = node(id);
+  KV_CHECK(is_root(id) == (index(id) * std::size_t(block_size_) >= tokens_.size()));
   if (is_root(id)) {
     KV_CHECK(n.published == salts_.contains(id));
     KV_CHECK(num_holders(id) > 0 || has_children(id));
@@ -54,7 +54,7 @@ void BlockTree::verify_tier(Tier tier, const std::vector<std::int32_t>& ends) co
   std::vector<std::uint8_t> used(static_cast<std::size_t>(pools_[t].num_blocks()) + 1, 0);
   std::vector<std::int32_t> count = ends;
   std::vector<std::int32_t> num_children(nodes_.size(), 0);  // published ones in this tier
-  if (tier == Tier::device) count[index(kAnonymousRoot)] += 1;
+  if (tier == Tier::device) count[index(anonymous_root_)] += 1;
   for (std::size_t i = 0; i < nodes_.size(); ++i) {
     const Node& n = nodes_[i];
     if (!n.live) continue;

@@ -1,10 +1,12 @@
-// The small structures of core: pool, eviction order, index, sequence table.
+// The small structures of core: pool, eviction order, index, roots, sequence table.
 #include <doctest/doctest.h>
 
 #include <random>
+#include <string>
 #include <vector>
 
 #include "core/block_pool.h"
+#include "core/block_tree.h"
 #include "core/check.h"
 #include "core/error.h"
 #include "core/eviction_order.h"
@@ -84,6 +86,15 @@ TEST_CASE("the index agrees with a list, through collisions and wrap-around") {
     const NodeId found = nodes.find(hashes[k], [other](NodeId node) { return node == other; });
     CHECK(found == (inside[k] ? other : NodeId::none));
   }
+}
+
+TEST_CASE("a salt takes no more than its root, and moves no node") {
+  BlockTree tree(1000, 1000, 16, 0);
+  const Node* const nodes = tree.nodes().data();
+  const std::size_t bytes = tree.bytes();
+  for (int i = 0; i < 1000; ++i) tree.open_root(std::to_string(i));
+  CHECK(tree.nodes().data() == nodes);
+  CHECK(tree.bytes() == bytes + 1000 * sizeof(Node));
 }
 
 TEST_CASE("an id dies with its sequence, even when its slot lives on") {
