@@ -89,8 +89,7 @@ void BlockManager::require_resident(std::uint32_t slot) const {
   const Sequence& sequence = sequences_[slot];
   require_path(slot);
   if (sequence.tier == Tier::host) {
-    throw NotResident(sequences_.id(slot), "is in host memory: swap it in, or resume() it, first",
-                      waits_for(sequences_.id(slot)));
+    throw NotResident(sequences_.id(slot), "is in host memory: swap it in, or resume() it, first");
   }
   if (transfers_.in_flight(sequence.transfer)) {
     throw NotResident(sequences_.id(slot), "waits for a transfer that has not ended",

@@ -38,8 +38,7 @@ BlockTree::BlockTree(std::int32_t num_device_blocks, std::int32_t num_host_block
 }
 
 std::size_t BlockTree::bytes() const {
-  std::size_t sum =
-      nodes_.size() * sizeof(Node) + tokens_.size() * sizeof(Token) + index_.bytes();
+  std::size_t sum = nodes_.size() * sizeof(Node) + tokens_.size() * sizeof(Token) + index_.bytes();
   for (const auto& pool : pools_) sum += pool.bytes();
   for (const auto& order : orders_) sum += order.bytes();
   return sum;

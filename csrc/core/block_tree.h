@@ -159,7 +159,7 @@ class BlockTree {
   NodeId new_node(NodeId& free);
   void free_node(NodeId id);
   void forget_salt(NodeId root);
-  void reserve_root();  // the next new_node(free_roots_) does not throw
+  void reserve_root();            // the next new_node(free_roots_) does not throw
   void complete(NodeId id);       // all its tokens are known: hash them, and warm up for publish()
   BlockId take_block(Tier tier);  // evicting for it if need be
   void give_block(NodeId id, Tier tier, bool last = false);

@@ -57,16 +57,19 @@ def test_rule_7_a_clean_host_copy_is_not_copied_again() -> None:
 def test_rule_7_a_path_is_in_one_tier() -> None:
     m = manager()
     a = admit(m, [1, 2, 3, 4, 5])
-    m.complete(m.swap_out([a]))
-    for call in (
-        lambda: m.append([a], [1]),
-        lambda: m.record([a], [1]),
-        lambda: m.block_table(a),
-        lambda: m.num_needed([a]),
-    ):
-        with pytest.raises(pk.NotResident, match="swap it in") as error:
-            call()
-        assert error.value.transfer is None
+    out = m.swap_out([a])
+    for under_way in (True, False):  # no transfer brings it here, least of all the one away
+        if not under_way:
+            m.complete(out)
+        for call in (
+            lambda: m.append([a], [1]),
+            lambda: m.record([a], [1]),
+            lambda: m.block_table(a),
+            lambda: m.num_needed([a]),
+        ):
+            with pytest.raises(pk.NotResident, match="swap it in") as error:
+                call()
+            assert error.value.transfer is None
     with pytest.raises(pk.InvalidState, match="host tier already"):
         m.swap_out([a])
     m.complete(m.swap_in([a]))
