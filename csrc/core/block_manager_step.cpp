@@ -245,7 +245,6 @@ void BlockManager::write(const Entry& entry, const Token* tokens, std::int64_t a
     fresh = true;
   }
   num_logical_ += num_blocks(end) - num_blocks(entry.length);
-  if (!wanted_.empty()) wanted_.erase(entry.slot);
   sequence.tip = node;
   sequence.length = end;
   if (tokens != nullptr) sequence.known = end;
@@ -336,6 +335,7 @@ void BlockManager::commit(std::int64_t step, std::span<const std::int64_t> lengt
   }
   for (const Entry& entry : entries_) {
     if (entry.admits) sequences_[entry.slot].admitted = true;
+    if (!wanted_.empty()) wanted_.erase(entry.slot);
     if (entry.write != Write::copy) continue;
     tree_.unmark_leaving(entry.tip);
     tree_.unref(entry.tip, Tier::device, Leave::hot);

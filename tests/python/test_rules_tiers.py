@@ -292,6 +292,7 @@ def test_rule_11_fetch_brings_the_host_part_of_a_hit() -> None:
     assert (found.num_full_blocks, found.num_host_tokens) == (1, 4)
     c = m.create(prompt)
     assert m.num_cached(c) == 2
+    m.rollback(m.append([c], prompt[2:], counts=[5]))  # leaves what fetch() may bring
     plan = m.fetch(c)
     assert (plan.direction, plan.num_copies, m.num_cached(c)) == ("in", 2, 6)
     with pytest.raises(pk.NotResident):
