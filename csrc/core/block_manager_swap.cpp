@@ -70,23 +70,15 @@ TransferPlan BlockManager::plan_paths(std::span<const NodeId> tips, Tier target,
   TransferPlan plan;
   plan.target = target;
   plan.after = last_committed_;
-  plan.copies.reserve(num_copies);
+  plan.copies.reserve(num_copies);  // memory is taken before the first change
+  plan.wait_for.reserve(transfers_.transfers().size());
   placed_.clear();
   placed_.reserve(num_copies);
-  TransferTable::Transfer& transfer = transfers_.open(target);
+  TransferTable::Transfer& transfer = transfers_.open(target, num_copies);
   plan.id = transfer.id;
   const bool lands = std::ranges::any_of(transfers_.transfers(), [&](const auto& before) {
     return before.target == target && !before.landings.empty();
   });
-  try {  // memory is taken before the first change
-    transfer.landings.reserve(num_copies);
-    transfer.wait_for.reserve(transfers_.transfers().size());
-    transfer.depends_on.reserve(transfers_.transfers().size());
-    plan.wait_for.reserve(transfers_.transfers().size());
-  } catch (...) {
-    transfers_.close(plan.id);
-    throw;
-  }
   // What is there already may still be landing: then this transfer ends after that one.
   tree_.begin_count();
   for (const NodeId tip : lands ? tips : std::span<const NodeId>{}) {

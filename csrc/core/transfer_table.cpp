@@ -1,6 +1,7 @@
 #include "core/transfer_table.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "core/check.h"
 
@@ -28,9 +29,14 @@ TransferTable::Transfer* TransferTable::find(TransferId id) {
   return const_cast<Transfer*>(static_cast<const TransferTable&>(*this).find(id));
 }
 
-TransferTable::Transfer& TransferTable::open(Tier target) {
-  last_ = TransferId{static_cast<std::int64_t>(last_) + 1};
-  return in_flight_.emplace_back(Transfer{last_, target, {}, {}, {}});
+TransferTable::Transfer& TransferTable::open(Tier target, std::size_t num_landings) {
+  Transfer transfer{TransferId{static_cast<std::int64_t>(last_) + 1}, target, {}, {}, {}};
+  transfer.landings.reserve(num_landings);
+  transfer.wait_for.reserve(in_flight_.size());
+  transfer.depends_on.reserve(in_flight_.size());
+  in_flight_.push_back(std::move(transfer));
+  last_ = in_flight_.back().id;
+  return in_flight_.back();
 }
 
 void TransferTable::close(TransferId id) {
@@ -72,7 +78,7 @@ void TransferTable::claim(Tier tier, BlockId block,
 void TransferTable::read(Transfer& transfer, Tier tier, BlockId block KV_SITE_PARAMETER) {
   KV_MUTABLE();
   Use& use = this->use(tier, block);
-  if (use.last != TransferId::none && in_flight(use.last)) add(transfer.wait_for, use.last);
+  wait_for(tier, block, transfer.wait_for);
   if (use.writer != TransferId::none) add(transfer.depends_on, use.writer);
   use.last = transfer.id;
 }
@@ -80,7 +86,7 @@ void TransferTable::read(Transfer& transfer, Tier tier, BlockId block KV_SITE_PA
 void TransferTable::write(Transfer& transfer, NodeId node, BlockId block KV_SITE_PARAMETER) {
   KV_MUTABLE();
   Use& use = this->use(transfer.target, block);
-  if (use.last != TransferId::none && in_flight(use.last)) add(transfer.wait_for, use.last);
+  wait_for(transfer.target, block, transfer.wait_for);
   use.last = use.writer = transfer.id;
   transfer.landings.push_back({node, block});
 }

@@ -36,7 +36,9 @@ class TransferTable {
   std::vector<Transfer>& transfers() { return in_flight_; }
   std::size_t bytes() const;
 
-  Transfer& open(Tier target);  // with the next id; valid until the next open() or close()
+  // With the next id, unless it throws, and with memory for all that is going to be added to it.
+  // Valid until the next open() or close().
+  Transfer& open(Tier target, std::size_t num_landings);
   void close(TransferId id);
   Transfer* find(TransferId id);
   const Transfer* find(TransferId id) const;
