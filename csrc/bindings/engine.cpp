@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "bindings/gate.h"
 #include "bindings/manager.h"
@@ -57,7 +58,9 @@ std::unique_ptr<PyEngine> make_engine(std::shared_ptr<Device> device, const py::
 }
 
 void engine_step(PyEngine& self, const StepPlanHandle& plan) {
-  const std::span<const TransferId> wait_for = plan.plan().wait_for;
+  // Copied: while this waits, another thread may open the manager's next step.
+  const std::span<const TransferId> view = plan.plan().wait_for;
+  const std::vector<TransferId> wait_for(view.begin(), view.end());
   if (wait_for.empty()) return enter(self, [](TransferEngine& engine) { engine.step({}); });
   enter_long(self, [&](TransferEngine& engine) { engine.step(wait_for); });
 }

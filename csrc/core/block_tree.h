@@ -122,7 +122,9 @@ class BlockTree {
     std::int32_t blocks = 0;
     std::int32_t cached = 0;
   };
-  void begin_count() { ++mark_; }  // each node is counted, or visited, once from here on
+  void begin_count() {  // each node is counted, or visited, once from here on
+    if (++mark_ == 0) mark_ = 1;
+  }
   bool first_visit(NodeId id) { return std::exchange(at(id).mark, mark_) != mark_; }
   void count_missing(NodeId id, Tier tier, Missing& missing);
   // ref() of each of `ids`, after giving a block, evicting for it if need be, to all nodes on their
@@ -188,7 +190,7 @@ class BlockTree {
   PrefixIndex index_;  // published nodes
   Roots roots_;
   std::unordered_map<NodeId, const std::string*> salts_;  // the other way round
-  std::uint32_t mark_ = 0;
+  std::uint32_t mark_ = ~std::uint32_t{0};  // next comes the wrap-around, which nobody may notice
   std::int64_t num_evicted_ = 0;
 };
 
