@@ -10,6 +10,7 @@
 #include <span>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "core/block_tree.h"
@@ -185,6 +186,9 @@ class BlockManager {
   bool is_hit(NodeId node) const {  // on the device
     const BlockId block = tree_.block(node, Tier::device);
     return block != BlockId::none && transfers_.landing(Tier::device, block) == TransferId::none;
+  }
+  std::pair<NodeId, int> find_partial(NodeId parent, std::span<const Token> tokens) const {
+    return tree_.find_partial(parent, tokens, [this](NodeId child) { return is_hit(child); });
   }
   bool is_fetchable(NodeId node) const;
   std::int64_t num_fetchable(NodeId node, std::span<const Token> tokens) const;

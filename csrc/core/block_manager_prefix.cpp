@@ -62,8 +62,8 @@ void BlockManager::take_hit(std::uint32_t slot, std::span<const Token> tokens, s
     std::copy_n(rest.data(), std::min(rest.size(), wanted.size()), wanted.data());
   }
   if (!rest.empty()) {
-    const auto [child, run] = tree_.find_partial(node, rest);
-    if (child != NodeId::none && is_hit(child)) {
+    const auto [child, run] = find_partial(node, rest);
+    if (child != NodeId::none) {
       node = child;
       length += run;
       sequence.row[static_cast<std::size_t>(sequence.row_valid++)] =
@@ -92,8 +92,7 @@ PrefixHit BlockManager::lookup(std::span<const Token> tokens, std::string_view s
     rest = rest.subspan(static_cast<std::size_t>(block_size_));
   }
   hit.num_host_tokens = num_fetchable(node, rest);
-  const auto [partial, run] = tree_.find_partial(node, rest);
-  if (partial != NodeId::none && is_hit(partial)) hit.num_partial_tokens = run;
+  hit.num_partial_tokens = find_partial(node, rest).second;
   hit.num_tokens =
       static_cast<std::int64_t>(hit.num_full_blocks) * block_size_ + hit.num_partial_tokens;
   return hit;

@@ -1,6 +1,5 @@
 #include "core/block_tree.h"
 
-#include <algorithm>
 #include <cstring>
 
 #include "core/check.h"
@@ -8,8 +7,6 @@
 namespace pagedkv {
 
 namespace {
-// How many children a partial lookup compares, the newest first.
-constexpr int kMaxPartialCandidates = 16;
 // For so many the memory is set aside, and mapped by the system when they are made: so that a new
 // root costs the same in any pool.
 constexpr std::size_t kNumRoots = 1 << 16;
@@ -173,20 +170,6 @@ NodeId BlockTree::find_child(NodeId parent, const Token* tokens) const {
 
 NodeId BlockTree::find_equal(NodeId id) const {
   return find(node(id).parent, tokens(id), node(id).hash);
-}
-
-std::pair<NodeId, int> BlockTree::find_partial(NodeId parent, std::span<const Token> tokens) const {
-  std::pair<NodeId, int> best{NodeId::none, 0};
-  const std::size_t most = std::min(tokens.size(), std::size_t(block_size_));
-  int candidates = 0;
-  for (NodeId id = node(parent).place[0].first_child;
-       id != NodeId::none && candidates < kMaxPartialCandidates;
-       id = node(id).place[0].next_sibling, ++candidates) {
-    const Token* own = this->tokens(id);
-    const auto run = std::mismatch(own, own + most, tokens.data()).first - own;
-    if (run > best.second) best = {id, static_cast<int>(run)};
-  }
-  return best;
 }
 
 // -------------------------------------------------------------------------------- references

@@ -2,6 +2,7 @@
 // blocks run out. types.h says what a node is; DESIGN of the whole is in ARCHITECTURE.md.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <span>
 #include <string>
@@ -83,8 +84,23 @@ class BlockTree {
   // --- lookup, by comparing tokens
   NodeId find_child(NodeId parent, const Token* tokens) const;
   NodeId find_equal(NodeId id) const;  // the published node with this parent and these tokens
-  // The child on the device with the longest common run with `tokens`.
-  std::pair<NodeId, int> find_partial(NodeId parent, std::span<const Token> tokens) const;
+  // The child on the device with the longest common run with `tokens`, of those that is_hit(child)
+  // says yes to. Of many children the newest are looked at.
+  template <class IsHit>
+  std::pair<NodeId, int> find_partial(NodeId parent, std::span<const Token> tokens,
+                                      IsHit&& is_hit) const {
+    std::pair<NodeId, int> best{NodeId::none, 0};
+    const std::size_t most = std::min(tokens.size(), std::size_t(block_size_));
+    int candidates = 0;
+    for (NodeId id = node(parent).place[0].first_child;
+         id != NodeId::none && candidates < kMaxPartialCandidates;
+         id = node(id).place[0].next_sibling, ++candidates) {
+      const Token* own = this->tokens(id);
+      const auto run = std::mismatch(own, own + most, tokens.data()).first - own;
+      if (run > best.second && is_hit(id)) best = {id, static_cast<int>(run)};
+    }
+    return best;
+  }
 
   // --- references
   void ref(NodeId id, Tier tier KV_SITE);  // a node that is in this tier
@@ -151,6 +167,7 @@ class BlockTree {
   void verify(const Ends& ends) const;
 
  private:
+  static constexpr int kMaxPartialCandidates = 16;
   struct SaltHash {
     using is_transparent = void;
     std::size_t operator()(std::string_view s) const { return std::hash<std::string_view>{}(s); }

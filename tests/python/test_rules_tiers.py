@@ -171,6 +171,18 @@ def test_rule_9_landing_blocks_are_no_hits_and_their_sequence_is_not_resident() 
     assert grow(m, [a]).seq_lens.tolist() == [6]
 
 
+def test_rule_9_a_landing_block_hides_no_shorter_hit() -> None:
+    m = manager(block_size=4)
+    a = admit(m, [1, 2, 3, 4])
+    on_host(m, [a])
+    flush(m)
+    admit(m, [1, 2, 9, 9])
+    back = m.swap_in([a])
+    assert (hit(m, [1, 2, 3]), m.num_cached(m.create([1, 2, 3, 7]))) == (2, 2)
+    m.complete(back)
+    assert (hit(m, [1, 2, 3]), m.num_cached(m.create([1, 2, 3, 7]))) == (3, 3)
+
+
 def test_rule_9_who_joins_a_landing_block_waits_for_its_transfer() -> None:
     m = manager()
     a = admit(m, [1, 2, 3, 4])
