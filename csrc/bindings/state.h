@@ -1,6 +1,7 @@
 // What stands behind a Python BlockManager: core, and who may enter it.
 #pragma once
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -27,6 +28,13 @@ inline constexpr int kNumOutputs = 9;
 inline constexpr const char* kOutputNames[kNumOutputs] = {
     "input_ids",    "slots",  "positions",     "query_starts", "seq_lens",
     "block_tables", "copies", "table_updates", "wait_for"};
+
+// What plans show: memory that others go on with.
+inline pybind11::array read_only(pybind11::array array) {
+  pybind11::detail::array_proxy(array.ptr())->flags &=
+      ~pybind11::detail::npy_api::NPY_ARRAY_WRITEABLE_;
+  return array;
+}
 
 // Shared by the manager and its plans. Arrays keep core alive, not this, so nothing is circular.
 struct ManagerState {
@@ -59,7 +67,7 @@ struct StepPlanHandle {
   StepPlanHandle(std::shared_ptr<ManagerState> owner, std::int64_t number);
   // A value: `outputs` has an array for each Output, or None for absent input_ids. Throws
   // InvalidSpec if they do not fit together.
-  StepPlanHandle(std::int64_t number, std::int64_t after, pybind11::tuple outputs);
+  StepPlanHandle(std::int64_t number, std::int64_t after, const pybind11::tuple& outputs);
 
   std::shared_ptr<ManagerState> state;  // null: a value
   std::int64_t step;

@@ -13,13 +13,16 @@ namespace pagedkv {
 
 namespace {
 
+// Read only; its base is the same array to be written in, which torch asks for.
 template <class T, class Memory>
 py::array strided(const Memory* data, std::int64_t rows, std::int64_t columns, std::int64_t stride,
                   py::handle owner) {
   constexpr auto size = static_cast<py::ssize_t>(sizeof(T));
   const auto* values = reinterpret_cast<const T*>(data);
-  if (columns < 0) return py::array_t<T>({rows}, {size}, values, owner);
-  return py::array_t<T>({rows, columns}, {stride * size, size}, values, owner);
+  const auto array = columns < 0
+                         ? py::array_t<T>({rows}, {size}, values, owner)
+                         : py::array_t<T>({rows, columns}, {stride * size, size}, values, owner);
+  return read_only(array.attr("view")());
 }
 
 }  // namespace
@@ -42,7 +45,8 @@ const py::object& ManagerState::view(Output output) {
     case Output::wait_for: rows = static_cast<std::int64_t>(plan.wait_for.size()); break;
   }
   View& view = views_[static_cast<std::size_t>(output)];
-  if (!view.array || view.shape[0] != rows || view.shape[1] != columns) {
+  const bool kept = view.array && output != Output::wait_for;
+  if (!kept || view.shape[0] != rows || view.shape[1] != columns) {
     view.array = make(output, rows, columns);
     view.shape = {rows, columns};
   }
@@ -66,9 +70,10 @@ py::object ManagerState::make(Output output, std::int64_t rows, std::int64_t col
     case Output::copies: return strided<i32>(plan.copies.data(), rows, columns, 3, owner);
     case Output::table_updates:
       return strided<i32>(plan.table_updates.data(), rows, columns, 3, owner);
-    case Output::wait_for: return strided<i64>(plan.wait_for.data(), rows, -1, 1, owner);
+    case Output::wait_for: break;
   }
-  return py::none();
+  // A copy: of these alone there is no most, so their memory moves.
+  return read_only(py::array_t<i64>(rows, reinterpret_cast<const i64*>(plan.wait_for.data())));
 }
 
 namespace {
@@ -144,13 +149,24 @@ StepPlan value_of_arrays(std::int64_t step, std::int64_t after, const py::tuple&
   return plan;
 }
 
+// Those that came in read-only memory are copied, since torch makes no tensors of them.
+py::tuple writable(const py::tuple& arrays) {
+  py::tuple result(arrays.size());
+  for (std::size_t i = 0; i < arrays.size(); ++i) {
+    const py::object array = arrays[i];
+    const bool copies = py::isinstance<py::array>(array) && !py::array(array).writeable();
+    result[i] = copies ? array.attr("copy")() : array;
+  }
+  return result;
+}
+
 }  // namespace
 
 StepPlanHandle::StepPlanHandle(std::shared_ptr<ManagerState> owner, std::int64_t number)
     : state(std::move(owner)), step(number), arrays(py::reinterpret_steal<py::tuple>(nullptr)) {}
 
-StepPlanHandle::StepPlanHandle(std::int64_t number, std::int64_t after, py::tuple outputs)
-    : step(number), arrays(std::move(outputs)), value(value_of_arrays(step, after, arrays)) {}
+StepPlanHandle::StepPlanHandle(std::int64_t number, std::int64_t after, const py::tuple& outputs)
+    : step(number), arrays(writable(outputs)), value(value_of_arrays(step, after, arrays)) {}
 
 const StepPlan& StepPlanHandle::plan() const {
   if (!state) return value;
@@ -207,7 +223,7 @@ std::string repr_of_step(const StepPlanHandle& handle) {
 void bind_step_plan(py::module_& m) {
   py::class_<StepPlanHandle> cls(
       m, "StepPlan", py::is_final(),
-      "Views of the manager's persistent buffers, valid until the next append; copy() keeps them.");
+      "Read-only views of the manager's buffers, valid until the next append; copy() keeps them.");
   cls.def_property_readonly("step", [](const StepPlanHandle& h) { return h.step; });
   cls.def_property_readonly("after", [](const StepPlanHandle& h) { return h.plan().after; });
   cls.def_property_readonly("batch_size",

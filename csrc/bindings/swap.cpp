@@ -47,8 +47,9 @@ py::array_t<std::int64_t> ids_of(const std::vector<Id>& ids) {
 // Views of the plan's own memory, which they keep alive.
 py::array copies_of(const py::object& self) {
   const auto& copies = self.cast<const TransferPlan&>().copies;
-  return py::array_t<std::int32_t>({static_cast<py::ssize_t>(copies.size()), py::ssize_t{3}},
-                                   reinterpret_cast<const std::int32_t*>(copies.data()), self);
+  return read_only(
+      py::array_t<std::int32_t>({static_cast<py::ssize_t>(copies.size()), py::ssize_t{3}},
+                                reinterpret_cast<const std::int32_t*>(copies.data()), self));
 }
 
 py::tuple state_of(const TransferPlan& plan) {

@@ -1,4 +1,5 @@
-// The memory behind StepPlan: allocated once, so that every address in a plan stays what it is.
+// The memory behind StepPlan: allocated once, so that every address in a plan but that of wait_for
+// stays what it is.
 #pragma once
 
 #include <cstdlib>
@@ -53,7 +54,7 @@ struct StepBuffers {
   std::vector<std::int32_t> widths;  // and how many; the rest of the row is padding
   std::vector<BlockCopy> copies;
   std::vector<TableUpdate> table_updates;
-  std::vector<TransferId> wait_for;
+  std::vector<TransferId> wait_for;  // moves as it grows
 };
 
 }  // namespace pagedkv

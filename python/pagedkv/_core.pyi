@@ -119,7 +119,7 @@ class Snapshot(_Object):
 
 @final
 class StepPlan(_Object):
-    """Views of the manager's persistent buffers, valid until the next append.
+    """Read-only views of the manager's persistent buffers, valid until the next append.
 
     What one step does: where each new token goes, what each sequence may read, and which blocks
     to copy first. Reading a plan after the next append raises InvalidState; `copy()` and pickling

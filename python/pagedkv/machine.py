@@ -29,7 +29,7 @@ from pagedkv.writes import as_stored, rows
 if TYPE_CHECKING:
     from pagedkv.layout import DevicePool
 
-__all__ = ["Machine", "machine_for"]
+__all__ = ["Machine", "host_tensor", "machine_for"]
 
 _TO_FP8 = (torch.bfloat16, torch.float16, torch.float32)  # what the kernel converts
 
@@ -107,8 +107,8 @@ class Machine:
         """Tell, once, what makes copies slower than they could be."""
 
     def step_tensor(self, plan: StepPlan, name: str) -> torch.Tensor:
-        """An array of the open step's plan, on `device`."""
-        return torch.from_numpy(getattr(plan, name))
+        """An array of the open step's plan, on `device`. To be read only: it may be the plan's."""
+        return host_tensor(getattr(plan, name))
 
     def padded_tensor(self, plan: StepPlan, name: str, num_rows: int) -> torch.Tensor:
         """An array of the open step's plan, one token each, with rows of zeros up to `num_rows`.
@@ -125,7 +125,7 @@ class Machine:
         found[filled] = 0  # alone: tables are mostly padding
         filled = nothing if host is None else tuple(slice(n) for n in host.shape)
         if host is not None:
-            found[filled] = torch.from_numpy(host)
+            found[filled] = host_tensor(host)
         self._padded[key] = found, filled
         return found
 
@@ -244,7 +244,7 @@ class CudaMachine(Machine):
             return self._upload(host)
         offset = address - self._step_memory.data_ptr()
         memory = self._step_memory[offset:]
-        dtype = torch.from_numpy(host).dtype
+        dtype = host_tensor(host).dtype
         stride = (self._table_stride, 1) if host.ndim == 2 else (1,)
         span = sum((n - 1) * s for n, s in zip(host.shape, stride, strict=True)) + 1
         if host.size == 0:
@@ -262,7 +262,7 @@ class CudaMachine(Machine):
         return memory[: num_rows * dtype.itemsize].view(dtype)
 
     def _upload(self, host: np.ndarray[Any, Any]) -> torch.Tensor:
-        tensor = torch.from_numpy(host)
+        tensor = host_tensor(host)
         if self.device.type == "cuda":  # from pinned memory, since other copies wait for the stream
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
@@ -304,6 +304,11 @@ class SimulatedCudaMachine(CudaMachine):
     def padded_tensor(self, plan: StepPlan, name: str, num_rows: int) -> torch.Tensor:
         self.land()
         return super().padded_tensor(plan, name, num_rows)
+
+
+def host_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """An array of a plan, where it is. A manager's are read-only views of what torch can take."""
+    return torch.from_numpy(array if array.flags.writeable else array.base)
 
 
 def _address(tensor: torch.Tensor) -> tuple[int, int]:

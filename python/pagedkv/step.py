@@ -45,7 +45,8 @@ class Step:
     """Views of the cache's persistent buffers, valid until the next step; InvalidState after that.
 
     A context manager: leaving it commits, an exception rolls back. T is the number of new tokens,
-    B the batch. `plan` is the StepPlan behind it; the tensors are on the cache's device.
+    B the batch. `plan` is the StepPlan behind it; the tensors are on the cache's device, to be read
+    only: block tables are kept up to date where they are.
 
     Attributes:
         is_applied: whether the plan is another manager's, which KVCache.apply() carries out: then

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -42,3 +43,14 @@ def test_damaged_pickles_are_refused(change: Any) -> None:
     assert (again.num_copies, again.after) == (1, 1)
     with pytest.raises(pk.InvalidSpec, match=r"plan|pickle"):
         make(step, after, tuple(change(list(arrays))))
+
+
+def test_arrays_that_travel_apart_may_arrive_in_read_only_memory() -> None:
+    """Such as that of a message: torch takes arrays that can be written in."""
+    manager = pk.BlockManager(20, block_size=4)
+    plan = manager.append([manager.create()], [1, 2], counts=[2])
+    parts: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(plan, protocol=5, buffer_callback=parts.append)
+    again = pickle.loads(data, buffers=[bytes(part) for part in parts])
+    assert again == plan
+    assert again.block_tables.flags.writeable

@@ -108,6 +108,30 @@ def test_rule_14_a_plan_is_a_view_until_the_next_append() -> None:
     m.commit(later)
 
 
+def test_rule_14_nobody_writes_into_the_managers_buffers() -> None:
+    """Tables are kept up to date in place: what stood there would be in later steps."""
+    m = pk.BlockManager(8, 8, block_size=2)
+    a = m.create([1])
+    plan = m.append([a], [1])
+    names = ("slots", "positions", "input_ids", "query_starts", "seq_lens", "block_tables")
+    for name in (*names, "copies", "table_updates", "wait_for"):
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(plan, name)[...] = 5
+        getattr(plan.copy(), name)[...] = 5
+    m.commit(plan)
+    with pytest.raises(ValueError, match="read-only"):
+        m.swap_out([a]).copies[0, 0] = 5
+
+
+def test_rule_14_a_plan_shows_its_own_transfers_however_many_there_are() -> None:
+    m = pk.BlockManager(4, 16, block_size=2)
+    for last in range(4):
+        plan = m.append([a := m.create()], counts=[8])  # of all blocks, which the last one reads
+        assert plan.wait_for.tolist() == [last][: last > 0]
+        m.commit(plan)
+        m.swap_out([a])
+
+
 def test_rule_14_another_managers_plan_is_refused() -> None:
     m, other = pk.BlockManager(4), pk.BlockManager(4)
     plan, foreign = m.append([m.create()]), other.append([other.create()])
