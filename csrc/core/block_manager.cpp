@@ -125,7 +125,7 @@ void BlockManager::fork(SequenceId id, std::span<SequenceId> ids) {
     Sequence& child = sequences_[slot];
     child.tip = source.tip;
     try {
-      SequenceTable::grow_row(child, source.row_capacity);
+      sequences_.grow_row(child, source.row_capacity);
     } catch (...) {
       sequences_.close(slot);
       release(ids.subspan(1, i - 1));
@@ -188,7 +188,7 @@ void BlockManager::reorder(std::span<const SequenceId> ids, std::span<const std:
                       from.tier});
   }
   for (const Move& move : moves_)
-    SequenceTable::grow_row(sequences_[move.slot], num_blocks(move.length));
+    sequences_.grow_row(sequences_[move.slot], num_blocks(move.length));
   // Take every new reference before dropping any: one parent may feed all rows.
   for (const Move& move : moves_) tree_.ref(move.tip, move.tier);
   for (const Move& move : moves_) {

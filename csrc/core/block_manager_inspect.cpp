@@ -60,6 +60,9 @@ void BlockManager::verify_transfers() const {
       if (block == BlockId::none) continue;
       const TransferId writer = transfers_.landing(tier, block);
       KV_CHECK(writer == TransferId::none || transfers_.in_flight(writer));
+      const NodeId parent = tree_.nodes()[i].parent;
+      KV_CHECK(writer != TransferId::none || tree_.is_root(parent) ||
+               transfers_.landing(tier, tree_.block(parent, tier)) == TransferId::none);
     }
   }
 }

@@ -29,7 +29,7 @@ SequenceId BlockManager::create(std::span<const Token> tokens, std::string_view 
   Sequence& sequence = sequences_[slot];
   sequence.tip = root;
   try {
-    SequenceTable::grow_row(sequence, num_blocks(static_cast<std::int32_t>(tokens.size())));
+    sequences_.grow_row(sequence, num_blocks(static_cast<std::int32_t>(tokens.size())));
   } catch (...) {
     sequences_.close(slot);
     tree_.drop_if_unused(root);
@@ -137,7 +137,7 @@ TransferPlan BlockManager::fetch(SequenceId id) {
   }
   const std::int32_t length = rest.first_block * block_size_ + count;
   const std::size_t num_copies = require_blocks({&tip, 1}, Tier::device);
-  SequenceTable::grow_row(sequence, num_blocks(length));
+  sequences_.grow_row(sequence, num_blocks(length));
   TransferPlan plan = plan_paths({&tip, 1}, Tier::device, num_copies);
   tree_.unref(sequence.tip, Tier::device, Leave::cold);
   num_logical_ += num_blocks(length) - num_blocks(sequence.length);

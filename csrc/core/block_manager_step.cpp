@@ -125,7 +125,7 @@ const StepPlan& BlockManager::append(std::span<const SequenceId> ids, std::span<
                           std::to_string(entry.length - entry.known) +
                           " tokens without an id: record() them before appending known ones");
       }
-      SequenceTable::grow_row(sequence, num_blocks(entry.length + entry.count));
+      sequences_.grow_row(sequence, num_blocks(entry.length + entry.count));
       num_tokens += entry.count;
       admits |= entry.admits;
       longest = std::max(longest, entry.count);

@@ -76,10 +76,11 @@ TransferPlan BlockManager::plan_paths(std::span<const NodeId> tips, Tier target,
   placed_.reserve(num_copies);
   TransferTable::Transfer& transfer = transfers_.open(target, num_copies);
   plan.id = transfer.id;
+  // What is there already may still be landing: then this transfer ends after that one. Where a
+  // node has landed, so have those above it.
   const bool lands = std::ranges::any_of(transfers_.transfers(), [&](const auto& before) {
     return before.target == target && !before.landings.empty();
   });
-  // What is there already may still be landing: then this transfer ends after that one.
   tree_.begin_count();
   for (const NodeId tip : lands ? tips : std::span<const NodeId>{}) {
     for (NodeId node = tip; !tree_.is_root(node) && tree_.first_visit(node);
@@ -87,7 +88,7 @@ TransferPlan BlockManager::plan_paths(std::span<const NodeId> tips, Tier target,
       const BlockId block = tree_.block(node, target);
       if (block == BlockId::none) continue;
       const TransferId writer = transfers_.landing(target, block);
-      if (writer == TransferId::none) continue;
+      if (writer == TransferId::none) break;
       TransferTable::add(transfer.depends_on, writer);
       TransferTable::add(transfer.wait_for, writer);
     }
@@ -246,7 +247,7 @@ void BlockManager::restore(std::span<const SequenceId> ids) {
     const auto wanted = wanted_.find(slot);
     if (wanted == wanted_.end()) continue;
     const auto size = static_cast<std::int32_t>(wanted->second.tokens.size());
-    SequenceTable::grow_row(sequences_[slot], num_blocks(size));
+    sequences_.grow_row(sequences_[slot], num_blocks(size));
   }
   for (const SequenceId id : ids) {
     const std::uint32_t slot = sequences_.slot(id);

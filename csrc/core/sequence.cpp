@@ -51,14 +51,13 @@ void SequenceTable::grow_row(Sequence& sequence, std::int32_t num_blocks) {
   auto row = std::make_unique_for_overwrite<BlockId[]>(capacity);
   std::copy_n(sequence.row.get(), sequence.row_valid, row.get());
   sequence.row = std::move(row);
+  row_bytes_ += (capacity - static_cast<std::size_t>(sequence.row_capacity)) * sizeof(BlockId);
   sequence.row_capacity = static_cast<std::int32_t>(capacity);
 }
 
 std::size_t SequenceTable::bytes() const {
-  std::size_t sum = slots_.capacity() * sizeof(Sequence) + free_.capacity() * sizeof(slots_.size());
-  for (const Sequence& s : slots_)
-    sum += static_cast<std::size_t>(s.row_capacity) * sizeof(BlockId);
-  return sum;
+  return slots_.capacity() * sizeof(Sequence) + free_.capacity() * sizeof(std::uint32_t) +
+         row_bytes_;
 }
 
 }  // namespace pagedkv

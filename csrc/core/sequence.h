@@ -61,7 +61,7 @@ class SequenceTable {
   void reserve(std::size_t more);  // the next `more` open() calls neither allocate nor throw
   std::uint32_t open();            // a slot with its row's memory, and nothing else, left in place
   void close(std::uint32_t slot);
-  static void grow_row(Sequence& sequence, std::int32_t num_blocks);
+  void grow_row(Sequence& sequence, std::int32_t num_blocks);
 
   std::size_t size() const { return slots_.size() - free_.size(); }
   std::size_t num_slots() const { return slots_.size(); }
@@ -70,6 +70,7 @@ class SequenceTable {
  private:
   std::vector<Sequence> slots_;
   std::vector<std::uint32_t> free_;
+  std::size_t row_bytes_ = 0;  // of all slots
 };
 
 }  // namespace pagedkv

@@ -113,3 +113,16 @@ TEST_CASE("an id dies with its sequence, even when its slot lives on") {
   CHECK_THROWS_AS(table.slot(SequenceId{-1}), UnknownSequence);
   CHECK(table.size() == 1);
 }
+
+TEST_CASE("rows of sequences are counted as they grow, and stay with their slots") {
+  SequenceTable table;
+  table.reserve(2);
+  const std::size_t bytes = table.bytes();
+  const std::uint32_t slots[] = {table.open(), table.open()};
+  table.grow_row(table[slots[0]], 17);
+  table.grow_row(table[slots[0]], 20);
+  table.grow_row(table[slots[1]], 1);
+  table.grow_row(table[slots[0]], 100);
+  table.close(slots[0]);
+  CHECK(table.bytes() == bytes + (128 + 16) * sizeof(BlockId));
+}

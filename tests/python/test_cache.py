@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -251,7 +252,9 @@ def test_tokens_make_prefix_hits(kv: KVCache) -> None:
 
 def test_step_outputs_are_tensors(kv: KVCache) -> None:
     ids = [kv.create(), kv.create()]
-    with kv.step(ids, counts=[5, 2]) as step:
+    torch.set_warn_always(True)
+    with warnings.catch_warnings(), kv.step(ids, counts=[5, 2]) as step:
+        warnings.simplefilter("error")  # such as that the plan's arrays are read only
         assert step.seq_lens.tolist() == [5, 2]
         assert step.query_starts.tolist() == [0, 5, 7]
         assert step.positions.tolist() == [0, 1, 2, 3, 4, 0, 1]
@@ -263,6 +266,7 @@ def test_step_outputs_are_tensors(kv: KVCache) -> None:
         ]
         with pytest.raises(InvalidState, match="without tokens"):
             _ = step.input_ids
+    torch.set_warn_always(False)
 
 
 @pytest.mark.parametrize(
