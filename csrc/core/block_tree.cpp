@@ -209,15 +209,10 @@ void BlockTree::unref(NodeId id, Tier tier, Leave leave KV_SITE_PARAMETER) {
 }
 
 void BlockTree::evict_one(Tier tier) {
-  // The coldest leaf goes. A parent that comes up before its children leaves the line, which its
-  // entry has paid for, and is the coldest once the last of them has gone.
-  EvictionOrder& order = orders_[index(tier)];
-  NodeId id = order.coldest();
-  while (id != NodeId::none && node(id).place[index(tier)].first_child != NodeId::none) {
-    order.remove(id);
-    order.push_waiting(id);
-    id = order.coldest();
-  }
+  // The coldest is a leaf: a node gets into line after all its cached children did, at the hot end,
+  // or without children at the cold one; and a child is linked only to a parent that is counted.
+  const EvictionOrder& order = orders_[index(tier)];
+  const NodeId id = order.coldest();
   KV_CHECK(id != NodeId::none);
   if (const NodeId next = order.hotter(id); next != NodeId::none) {  // the next to go, most likely
     index_.prefetch(node(next).hash);

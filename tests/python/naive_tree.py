@@ -97,9 +97,7 @@ class NaiveTree:
 
     def evict(self) -> None:
         leaf = next(node for node in self.cached if not node.children)
-        for colder in self.cached[: self.cached.index(leaf)]:
-            if colder not in self.waiting:
-                self.waiting.append(colder)
+        assert all(colder in self.waiting for colder in self.cached[: self.cached.index(leaf)])
         self.cached.remove(leaf)
         self.nodes.remove(leaf)
         self.unpublish(leaf)
