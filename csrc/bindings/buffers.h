@@ -67,10 +67,10 @@ inline std::span<const SequenceId> as_ids(const Argument<std::int64_t>& argument
   return {reinterpret_cast<const SequenceId*>(argument.span().data()), argument.span().size()};
 }
 
-// bytes, or str as UTF-8; None is the empty salt. The view lives as long as the object.
+// bytes, or str as UTF-8; None is none. The view lives as long as the object.
 std::optional<std::string_view> salt_argument(pybind11::handle object);
 
-// An int in [0, 2^63), refusing bool and float.
+// An int64, refusing bool and float.
 std::int64_t int_argument(const char* name, pybind11::handle object);
 
 }  // namespace pagedkv

@@ -21,6 +21,12 @@ void check_range(const char* name, std::int64_t value, std::int64_t least, std::
 constexpr std::int64_t kMaxBlocks = (std::int64_t{1} << 30) - 1;
 constexpr std::int64_t kMaxLength = (std::int64_t{1} << 31) - 1 - kMaxBlockSize;
 
+Config checked(Config config) {
+  config.validate();
+  config.max_model_len = std::min(config.model_len(), kMaxLength);
+  return config;
+}
+
 }  // namespace
 
 void Config::validate() const {
@@ -39,7 +45,7 @@ double BlockManager::metadata_bytes(const Config& config) {
 }
 
 BlockManager::BlockManager(const Config& config)
-    : config_((config.validate(), config)),
+    : config_(checked(config)),
       block_size_(static_cast<std::int32_t>(config.block_size)),
       reciprocal_(
           block_size_ == 1 ? 0 : ~std::uint64_t{0} / static_cast<std::uint64_t>(block_size_) + 1),
@@ -47,11 +53,10 @@ BlockManager::BlockManager(const Config& config)
             static_cast<std::int32_t>(config.num_host_blocks), block_size_, config.seed),
       transfers_(static_cast<std::int32_t>(config.num_device_blocks),
                  static_cast<std::int32_t>(config.num_host_blocks)),
-      buffers_(static_cast<std::size_t>(config.max_batch),
-               static_cast<std::size_t>(config.num_device_blocks * config.block_size),
-               static_cast<std::size_t>(num_blocks(
-                   static_cast<std::int32_t>(std::min(config.model_len(), kMaxLength))))) {
-  config_.max_model_len = std::min(config.model_len(), kMaxLength);
+      buffers_(
+          static_cast<std::size_t>(config.max_batch),
+          static_cast<std::size_t>(config.num_device_blocks * config.block_size),
+          static_cast<std::size_t>(num_blocks(static_cast<std::int32_t>(*config_.max_model_len)))) {
   plan_.input_ids = buffers_.input_ids.data();
   plan_.slots = buffers_.slots.data();
   plan_.positions = buffers_.positions.data();
@@ -71,7 +76,7 @@ void BlockManager::require_no_open_step() const {
                      " is open: commit() or roll it back first");
 }
 
-void BlockManager::check_sizes(std::size_t ids, std::size_t others, const char* name) const {
+void BlockManager::check_sizes(std::size_t ids, std::size_t others, const char* name) {
   if (ids == others) return;
   throw InvalidSpec(std::string(name) + " has " + std::to_string(others) + " entries, expected " +
                     std::to_string(ids) + ", one for each of ids");

@@ -1,7 +1,7 @@
 // The front door of core: commands in, plans out. The same commands always give the same plans.
 //
 // Every command checks all it needs before it changes anything, so that an Error leaves the state
-// as it was. One step may be open at a time; while it is, only const calls, commit() and rollback()
+// as it was. One step may be open at a time; while it is, only questions, commit() and rollback()
 // are allowed.
 #pragma once
 
@@ -177,7 +177,7 @@ class BlockManager {
   void require_may_end(TransferId id) const;
   void require_resident(std::uint32_t slot) const;
   void require_path(std::uint32_t slot) const;  // not dropped
-  void check_sizes(std::size_t ids, std::size_t others, const char* name) const;
+  static void check_sizes(std::size_t ids, std::size_t others, const char* name);
   NodeId ancestor(NodeId node, std::int32_t steps) const;
   std::int32_t num_common_blocks(const Sequence& a, const Sequence& b) const;
   void fill_row(Sequence& sequence) const;
@@ -231,7 +231,7 @@ class BlockManager {
   std::vector<Entry> asked_;          // of num_needed()
   std::vector<NodeId> chain_;         // of publish_chain()
   std::vector<NodeId> tips_;          // of move()
-  std::vector<NodeId> placed_;        // of plan_path()
+  std::vector<NodeId> placed_;        // of plan_paths()
   std::vector<std::uint32_t> slots_;  // of reorder()
   std::vector<Move> moves_;
 

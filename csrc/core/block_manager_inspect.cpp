@@ -69,19 +69,17 @@ void BlockManager::verify_transfers() const {
 
 Snapshot BlockManager::snapshot() const {
   const std::span<const Node> nodes = tree_.nodes();
-  std::vector<std::int32_t> depth(nodes.size(), 0);
+  std::vector<std::uint8_t> seen(nodes.size(), 0);
   std::vector<NodeId> order;
   std::vector<NodeId> path;
   for (std::size_t i = 0; i < nodes.size(); ++i) {
     if (!nodes[i].live) continue;
     NodeId id{static_cast<std::int32_t>(i)};
-    for (; !tree_.is_root(id) && depth[index(id)] == 0; id = tree_.node(id).parent) {
+    for (; !tree_.is_root(id) && !seen[index(id)]; id = tree_.node(id).parent) {
+      seen[index(id)] = 1;
       path.push_back(id);
     }
-    for (; !path.empty(); path.pop_back()) {
-      depth[index(path.back())] = depth[index(tree_.node(path.back()).parent)] + 1;
-      order.push_back(path.back());
-    }
+    for (; !path.empty(); path.pop_back()) order.push_back(path.back());
   }
   std::vector<std::int32_t> position(nodes.size(), -1);
   Snapshot snapshot;

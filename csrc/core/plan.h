@@ -87,7 +87,7 @@ struct Stats {
   std::int64_t num_peak_blocks = 0;      // most device blocks ever active at once
   std::int64_t num_steps = 0;            // committed
   std::int64_t num_appended_tokens = 0;  // committed
-  std::int64_t num_hit_tokens = 0;       // taken by create()
+  std::int64_t num_hit_tokens = 0;       // found by create(), fetch() and restore()
   std::int64_t num_copies = 0;           // planned
   std::int64_t num_merged_blocks = 0;
   std::int64_t num_evicted_blocks = 0;

@@ -18,10 +18,7 @@ std::size_t TransferTable::bytes() const {
 }
 
 const TransferTable::Transfer* TransferTable::find(TransferId id) const {
-  const auto less = [](const Transfer& transfer, TransferId wanted) {
-    return transfer.id < wanted;
-  };
-  const auto it = std::lower_bound(in_flight_.begin(), in_flight_.end(), id, less);
+  const auto it = std::ranges::lower_bound(in_flight_, id, {}, &Transfer::id);
   return it != in_flight_.end() && it->id == id ? &*it : nullptr;
 }
 

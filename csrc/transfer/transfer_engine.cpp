@@ -43,10 +43,7 @@ void TransferEngine::check_open() const {
 }
 
 const TransferEngine::Transfer* TransferEngine::find(TransferId id) const {
-  const auto less = [](const Transfer& transfer, TransferId wanted) {
-    return transfer.id < wanted;
-  };
-  const auto it = std::lower_bound(transfers_.begin(), transfers_.end(), id, less);
+  const auto it = std::ranges::lower_bound(transfers_, id, {}, &Transfer::id);
   return it != transfers_.end() && it->id == id ? &*it : nullptr;
 }
 
