@@ -43,6 +43,9 @@ class Argument {
 
   bool given() const { return given_; }
   std::span<const T> span() const { return values_; }
+  std::optional<std::span<const T>> value() const {  // none: absent
+    return given_ ? std::optional(values_) : std::nullopt;
+  }
 
  private:
   Argument() = default;

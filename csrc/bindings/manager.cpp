@@ -59,23 +59,13 @@ std::int64_t create(const PyManager& m, const py::object& tokens, const py::obje
   });
 }
 
-// To core an empty span means one token each, to Python only an absent argument does.
-Ints counts_argument(const Ints& ids, const py::object& counts) {
-  auto each = Ints::optional("counts", counts);
-  if (each.given() && each.span().size() != ids.span().size()) {
-    throw InvalidSpec("counts has " + std::to_string(each.span().size()) + " entries, expected " +
-                      std::to_string(ids.span().size()) + ", one for each of ids");
-  }
-  return each;
-}
-
 StepPlanHandle append(const PyManager& m, const py::object& ids, const py::object& tokens,
                       const py::object& counts) {
   return enter(*m.state, [&](BlockManager& core) {
     const Ints batch("ids", ids);
     const auto known = Tokens::optional("tokens", tokens);
-    const Ints each = counts_argument(batch, counts);
-    const StepPlan& plan = core.append(as_ids(batch), known.span(), known.given(), each.span());
+    const auto each = Ints::optional("counts", counts);
+    const StepPlan& plan = core.append(as_ids(batch), known.value(), each.value());
     return StepPlanHandle(m.state, plan.step);
   });
 }
@@ -90,7 +80,7 @@ void commit(const PyManager& m, const StepPlanHandle& plan, const py::object& le
   require_own(m, plan);
   enter(*m.state, [&](BlockManager& core) {
     const auto kept = Ints::optional("lengths", lengths);
-    core.commit(plan.step, kept.span(), kept.given());
+    core.commit(plan.step, kept.value());
   });
 }
 
@@ -199,8 +189,8 @@ void bind_manager(py::module_& m) {
         enter(*self.state, [&](BlockManager& core) {
           const Ints batch("ids", ids);
           const Tokens known("tokens", tokens);
-          const Ints each = counts_argument(batch, counts);
-          core.record(as_ids(batch), known.span(), each.span());
+          const auto each = Ints::optional("counts", counts);
+          core.record(as_ids(batch), known.span(), each.value());
         });
       },
       py::arg("ids"), py::arg("tokens"), py::arg("counts") = py::none(),
@@ -238,8 +228,8 @@ void bind_manager(py::module_& m) {
       [](const PyManager& self, const py::object& ids, const py::object& counts) {
         return enter(*self.state, [&](BlockManager& core) {
           const Ints batch("ids", ids);
-          const Ints each = counts_argument(batch, counts);
-          return core.num_needed(as_ids(batch), each.span());
+          const auto each = Ints::optional("counts", counts);
+          return core.num_needed(as_ids(batch), each.value());
         });
       },
       py::arg("ids"), py::arg("counts") = py::none(), "Blocks that append() would take.");

@@ -70,15 +70,16 @@ class BlockManager {
   void release(std::span<const SequenceId> ids);
   void clear(std::optional<std::string_view> salt);
 
-  // --- steps. Empty `counts`: one token each. Empty `tokens`: not known yet.
-  const StepPlan& append(std::span<const SequenceId> ids, std::span<const Token> tokens,
-                         bool has_tokens, std::span<const std::int64_t> counts);
-  void commit(std::int64_t step, std::span<const std::int64_t> lengths, bool has_lengths);
+  // --- steps. Without `tokens`: not known yet. Without `counts`: one token each. Without
+  // `lengths`: all of them stay.
+  using Numbers = std::optional<std::span<const std::int64_t>>;
+  const StepPlan& append(std::span<const SequenceId> ids,
+                         std::optional<std::span<const Token>> tokens = {}, Numbers counts = {});
+  void commit(std::int64_t step, Numbers lengths = {});
   void rollback(std::int64_t step);
   const StepPlan& plan() const { return plan_; }
   std::int64_t open_step() const { return open_ ? plan_.step : 0; }  // its number; 0: there is none
-  void record(std::span<const SequenceId> ids, std::span<const Token> tokens,
-              std::span<const std::int64_t> counts);
+  void record(std::span<const SequenceId> ids, std::span<const Token> tokens, Numbers counts = {});
 
   // --- between tiers. A whole path moves: a shared block once, and none that is there already.
   TransferPlan swap_out(std::span<const SequenceId> ids);
@@ -102,7 +103,7 @@ class BlockManager {
   bool is_resident(SequenceId id) const;  // it can be in a step
   // The transfer in flight that the sequence waits for; none: it is where it lives.
   TransferId waits_for(SequenceId id) const;
-  std::int64_t num_needed(std::span<const SequenceId> ids, std::span<const std::int64_t> counts);
+  std::int64_t num_needed(std::span<const SequenceId> ids, Numbers counts = {});
   std::int64_t num_freed(std::span<const SequenceId> ids);
   std::int32_t num_table_blocks(SequenceId id) const;
   void block_table(SequenceId id, std::span<BlockId> table) const;
@@ -198,11 +199,10 @@ class BlockManager {
   std::span<Token> want(std::uint32_t slot, std::int32_t first_block, std::size_t num_tokens);
   void drop_path(std::uint32_t slot);
   std::size_t check_record(std::span<const SequenceId> ids, std::span<const Token> tokens,
-                           std::span<const std::int64_t> counts);
+                           Numbers counts);
   void publish_chain(Sequence& sequence, std::int32_t first_block);
 
-  std::int64_t decide(std::span<const SequenceId> ids, std::span<const std::int64_t> counts,
-                      std::vector<Entry>& entries);
+  std::int64_t decide(std::span<const SequenceId> ids, Numbers counts, std::vector<Entry>& entries);
   void check_count(std::size_t i, std::int64_t count, std::int32_t length) const;
   void undecide(std::vector<Entry>& entries);
   std::int64_t take_over(std::vector<Entry>& entries, std::int64_t excess);

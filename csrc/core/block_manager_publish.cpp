@@ -9,9 +9,8 @@ namespace pagedkv {
 
 // Returns the nodes that a record() may touch in all, and takes the memory for its longest path.
 std::size_t BlockManager::check_record(std::span<const SequenceId> ids,
-                                       std::span<const Token> tokens,
-                                       std::span<const std::int64_t> counts) {
-  if (!counts.empty()) check_sizes(ids.size(), counts.size(), "counts");
+                                       std::span<const Token> tokens, Numbers counts) {
+  if (counts) check_sizes(ids.size(), counts->size(), "counts");
   begin_batch(ids.size());
   std::int64_t total = 0;
   std::size_t num_nodes = 0;
@@ -20,7 +19,7 @@ std::size_t BlockManager::check_record(std::span<const SequenceId> ids,
     const std::uint32_t slot = enter(ids[i], i);
     const Sequence& sequence = sequences_[slot];
     if (sequence.may_be_away()) require_resident(slot);
-    const std::int64_t count = counts.empty() ? 1 : counts[i];
+    const std::int64_t count = counts ? (*counts)[i] : 1;
     const std::int64_t unknown = sequence.length - sequence.known;
     if (count < 1 || count > unknown) {
       throw InvalidSpec("counts[" + std::to_string(i) + "] is " + std::to_string(count) +
@@ -41,7 +40,7 @@ std::size_t BlockManager::check_record(std::span<const SequenceId> ids,
 }
 
 void BlockManager::record(std::span<const SequenceId> ids, std::span<const Token> tokens,
-                          std::span<const std::int64_t> counts) {
+                          Numbers counts) {
   require_no_open_step();
   const std::size_t most_nodes = check_record(ids, tokens, counts);
   // Write all tokens, or on a contradiction between sharers none; then publish.
@@ -54,7 +53,7 @@ void BlockManager::record(std::span<const SequenceId> ids, std::span<const Token
   std::size_t at = 0;
   for (std::size_t i = 0; i < ids.size(); ++i) {
     Sequence& sequence = sequences_[sequences_.slot(ids[i])];
-    const auto count = static_cast<std::int32_t>(counts.empty() ? 1 : counts[i]);
+    const auto count = static_cast<std::int32_t>(counts ? (*counts)[i] : 1);
     const std::int32_t last = blocks_below(sequence.known + count - 1);
     const std::int32_t num_nodes = last - blocks_below(sequence.known) + 1;
     chain_.resize(static_cast<std::size_t>(num_nodes));
@@ -84,7 +83,7 @@ void BlockManager::record(std::span<const SequenceId> ids, std::span<const Token
   for (std::size_t i = 0; i < ids.size(); ++i) {
     Sequence& sequence = sequences_[sequences_.slot(ids[i])];
     const std::int32_t first_block = blocks_below(sequence.known);
-    sequence.known += static_cast<std::int32_t>(counts.empty() ? 1 : counts[i]);
+    sequence.known += static_cast<std::int32_t>(counts ? (*counts)[i] : 1);
     publish_chain(sequence, first_block);
   }
 }

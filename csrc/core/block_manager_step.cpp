@@ -11,15 +11,14 @@ namespace pagedkv {
 
 // Decides in batch order how each sequence writes, and returns how many blocks that takes. A copied
 // node is marked as being left, so that the last holder of all may write in place.
-std::int64_t BlockManager::decide(std::span<const SequenceId> ids,
-                                  std::span<const std::int64_t> counts,
+std::int64_t BlockManager::decide(std::span<const SequenceId> ids, Numbers counts,
                                   std::vector<Entry>& entries) {
   if (ids.size() > static_cast<std::size_t>(config_.max_batch)) {
     throw InvalidSpec(
         "ids has " + std::to_string(ids.size()) +
         " entries, expected at most max_batch = " + std::to_string(config_.max_batch));
   }
-  if (!counts.empty()) check_sizes(ids.size(), counts.size(), "counts");
+  if (counts) check_sizes(ids.size(), counts->size(), "counts");
   begin_batch(ids.size());
   entries.clear();
   entries.reserve(ids.size());
@@ -32,7 +31,7 @@ std::int64_t BlockManager::decide(std::span<const SequenceId> ids,
         require_resident(slot);
         sequence.transfer = TransferId::none;
       }
-      const std::int64_t count = counts.empty() ? 1 : counts[i];
+      const std::int64_t count = counts ? (*counts)[i] : 1;
       check_count(i, count, sequence.length);
       const std::int32_t block_at = blocks_below(sequence.length);
       const std::int32_t o = sequence.length - block_at * block_size_;
@@ -101,15 +100,14 @@ std::int64_t BlockManager::take_over(std::vector<Entry>& entries, std::int64_t e
   return saved;
 }
 
-std::int64_t BlockManager::num_needed(std::span<const SequenceId> ids,
-                                      std::span<const std::int64_t> counts) {
+std::int64_t BlockManager::num_needed(std::span<const SequenceId> ids, Numbers counts) {
   const std::int64_t needed = decide(ids, counts, asked_);
   undecide(asked_);
   return needed;
 }
 
-const StepPlan& BlockManager::append(std::span<const SequenceId> ids, std::span<const Token> tokens,
-                                     bool has_tokens, std::span<const std::int64_t> counts) {
+const StepPlan& BlockManager::append(std::span<const SequenceId> ids,
+                                     std::optional<std::span<const Token>> tokens, Numbers counts) {
   require_no_open_step();
   std::int64_t needed = decide(ids, counts, entries_);
   std::int64_t num_tokens = 0;
@@ -120,7 +118,7 @@ const StepPlan& BlockManager::append(std::span<const SequenceId> ids, std::span<
     for (std::size_t i = 0; i < entries_.size(); ++i) {
       const Entry& entry = entries_[i];
       Sequence& sequence = sequences_[entry.slot];
-      if (has_tokens && entry.known < entry.length) {
+      if (tokens && entry.known < entry.length) {
         throw InvalidSpec("ids[" + std::to_string(i) + "] has " +
                           std::to_string(entry.length - entry.known) +
                           " tokens without an id: record() them before appending known ones");
@@ -132,8 +130,8 @@ const StepPlan& BlockManager::append(std::span<const SequenceId> ids, std::span<
     }
     chain_.reserve(static_cast<std::size_t>(num_blocks(longest)) + 1);  // commit() cannot fail
     buffers_.wait_for.reserve(transfers_.transfers().size());
-    if (has_tokens && num_tokens != static_cast<std::int64_t>(tokens.size())) {
-      throw InvalidSpec("tokens has " + std::to_string(tokens.size()) + " entries, expected " +
+    if (tokens && num_tokens != static_cast<std::int64_t>(tokens->size())) {
+      throw InvalidSpec("tokens has " + std::to_string(tokens->size()) + " entries, expected " +
                         std::to_string(num_tokens) + ", the sum of counts");
     }
     if (admits) available -= config_.watermark;
@@ -158,8 +156,8 @@ const StepPlan& BlockManager::append(std::span<const SequenceId> ids, std::span<
     const Entry& entry = entries_[i];
     Sequence& sequence = sequences_[entry.slot];
     const auto row = static_cast<std::int32_t>(i);
-    if (has_tokens && entry.count == 1 && entry.write == Write::in_place) {  // most of decoding
-      tree_.put(entry.tip, entry.offset, tokens[static_cast<std::size_t>(at)]);
+    if (tokens && entry.count == 1 && entry.write == Write::in_place) {  // most of decoding
+      tree_.put(entry.tip, entry.offset, (*tokens)[static_cast<std::size_t>(at)]);
       const BlockId block = tree_.block(entry.tip, Tier::device);
       transfers_.wait_for(Tier::device, block, buffers_.wait_for);
       buffers_.slots[static_cast<std::size_t>(at)] =
@@ -167,21 +165,21 @@ const StepPlan& BlockManager::append(std::span<const SequenceId> ids, std::span<
       buffers_.positions[static_cast<std::size_t>(at)] = entry.length;
       sequence.length = sequence.known = entry.length + 1;
     } else {
-      write(entry, has_tokens ? tokens.data() + at : nullptr, at);
+      write(entry, tokens ? tokens->data() + at : nullptr, at);
     }
     at += entry.count;
-    if (has_tokens && entry.offset + entry.count >= block_size_) filled_.push_back(row);
+    if (tokens && entry.offset + entry.count >= block_size_) filled_.push_back(row);
     buffers_.query_starts[i + 1] = static_cast<std::int32_t>(at);
     buffers_.seq_lens[i] = sequence.length;
     send_row(row, ids[i], sequence);
   }
-  if (has_tokens) std::copy_n(tokens.data(), num_tokens, buffers_.input_ids.data());
+  if (tokens) std::copy_n(tokens->data(), num_tokens, buffers_.input_ids.data());
 
   ++plan_.step;
   plan_.after = last_committed_;
   plan_.batch_size = static_cast<std::int32_t>(ids.size());
   plan_.num_tokens = num_tokens;
-  plan_.has_tokens = has_tokens;
+  plan_.has_tokens = tokens.has_value();
   plan_.copies = buffers_.copies;
   plan_.table_updates = buffers_.table_updates;
   plan_.wait_for = buffers_.wait_for;
@@ -315,20 +313,19 @@ void BlockManager::rollback(std::int64_t step) {
   open_ = false;
 }
 
-void BlockManager::commit(std::int64_t step, std::span<const std::int64_t> lengths,
-                          bool has_lengths) {
+void BlockManager::commit(std::int64_t step, Numbers lengths) {
   require_open(step);
-  if (has_lengths) {
-    check_sizes(entries_.size(), lengths.size(), "lengths");
+  if (lengths) {
+    check_sizes(entries_.size(), lengths->size(), "lengths");
     for (std::size_t i = 0; i < entries_.size(); ++i) {
       const Sequence& sequence = sequences_[entries_[i].slot];
-      if (lengths[i] >= entries_[i].length && lengths[i] <= sequence.length) continue;
-      throw InvalidSpec("lengths[" + std::to_string(i) + "] is " + std::to_string(lengths[i]) +
+      if ((*lengths)[i] >= entries_[i].length && (*lengths)[i] <= sequence.length) continue;
+      throw InvalidSpec("lengths[" + std::to_string(i) + "] is " + std::to_string((*lengths)[i]) +
                         ", expected " + std::to_string(entries_[i].length) + " to " +
                         std::to_string(sequence.length) + ", the length before and after the step");
     }
     for (std::size_t i = 0; i < entries_.size(); ++i) {
-      const auto length = static_cast<std::int32_t>(lengths[i]);
+      const auto length = static_cast<std::int32_t>((*lengths)[i]);
       totals_.num_appended_tokens -= sequences_[entries_[i].slot].length - length;
       if (length < sequences_[entries_[i].slot].length) keep(entries_[i], length);
     }

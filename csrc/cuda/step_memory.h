@@ -36,8 +36,6 @@ class StepMemory {
 
   // Queues the plan's arrays on the caller's stream. The last one's are gone then.
   void upload(const StepPlan& plan);
-  // The plan that was last appended is not going to be carried out.
-  void forget();
 
   // Where an array of the last plan is on the device; null if it has stayed on the host.
   std::byte* address(Array array) const;
@@ -50,6 +48,7 @@ class StepMemory {
   };
 
   void check_shape(const StepPlan& plan) const;
+  void forget();  // what the tables on the device have
   std::byte* tables() const { return memory_; }
   void place(Array array, const void* host, std::byte* device, std::size_t bytes);
   void list_updates(const StepPlan& plan);

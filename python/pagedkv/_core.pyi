@@ -273,12 +273,12 @@ class BlockManager(_Object):
         `lengths[b]` keeps only that much of row b, for rejected speculative tokens.
         """
     def rollback(self, plan: StepPlan | None = None) -> None:
-        """Close the step as if it had not been: paths, lengths and counts are as before.
-
-        Without a plan: the open one, if there is one.
-        """
+        """Close the step, or the open one if any: paths, lengths and counts are as before it."""
     def record(self, ids: _Buffer, tokens: _Buffer, counts: _Buffer | None = None) -> None:
-        """Tell tokens that were appended without: `counts[b]` (default 1) each, in order."""
+        """Tell tokens that were appended without: `counts[b]` (default 1) each, in order.
+
+        Looks at all blocks of a sequence from its first unknown token on: tell many at once.
+        """
     def fork(self, id: int, n: int) -> _Int64:
         """n ids that share all of `id`; the first is `id` itself."""
     def reorder(self, ids: _Buffer, parents: _Buffer) -> None:

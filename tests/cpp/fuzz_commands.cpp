@@ -189,9 +189,9 @@ class Program {
       b.values.push_back(single ? 1 : bytes_.below(10));
       for (std::int64_t n = b.values[i]; n > 0; --n) b.tokens.push_back(bytes_.below(alphabet_));
     }
-    const std::span<const Token> given = has_tokens ? b.tokens : std::span<const Token>{};
-    const std::span<const std::int64_t> each = single ? std::span<const std::int64_t>{} : b.values;
-    if (!both([&](BlockManager& m) { m.append(b.ids, given, has_tokens, each); })) return;
+    const auto given = has_tokens ? std::optional(std::span<const Token>(b.tokens)) : std::nullopt;
+    const auto each = single ? BlockManager::Numbers() : b.values;
+    if (!both([&](BlockManager& m) { m.append(b.ids, given, each); })) return;
     open_ = true;
     before_.clear();
     rows_ = b.rows;
@@ -250,7 +250,7 @@ class Program {
       }
     }
     const std::int64_t step = manager_->plan().step - (bytes_.below(16) == 15);
-    if (!both([&](BlockManager& m) { m.commit(step, lengths, shorter); })) return;
+    if (!both([&](BlockManager& m) { shorter ? m.commit(step, lengths) : m.commit(step); })) return;
     open_ = false;
     for (std::size_t i = 0; i < lengths.size(); ++i) {
       texts_[rows_[i]].cut(static_cast<std::size_t>(lengths[i]));
@@ -347,7 +347,7 @@ class Program {
       answers.push_back(m.lookup(prompt, salt).num_tokens);
       answers.push_back(m.num_freed(b.ids));
       if (b.ids.size() <= static_cast<std::size_t>(config_.max_batch)) {
-        answers.push_back(m.num_needed(b.ids, {}));
+        answers.push_back(m.num_needed(b.ids));
       }
     });
     const std::size_t half = answers.size() / 2;

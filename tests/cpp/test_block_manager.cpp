@@ -32,7 +32,7 @@ SequenceId admit(BlockManager& m, const std::vector<Token>& prompt) {
   const SequenceId id = m.create(prompt, "");
   const auto rest = std::span(prompt).subspan(static_cast<std::size_t>(m.num_cached(id)));
   const auto count = static_cast<std::int64_t>(rest.size());
-  m.commit(m.append({&id, 1}, rest, true, {&count, 1}).step, {}, false);
+  m.commit(m.append({&id, 1}, rest, std::span(&count, 1)).step);
   return id;
 }
 
@@ -56,9 +56,9 @@ TEST_CASE("every block size divides right") {
     const SequenceId id = m.create_anonymous();
     const int most = std::min(64 * block_size, 300);
     for (int length = 1; length <= most; ++length) {
-      const StepPlan& plan = m.append({&id, 1}, {}, false, {});
+      const StepPlan& plan = m.append({&id, 1});
       CHECK(plan.slots[0] % block_size == (length - 1) % block_size);
-      m.commit(plan.step, {}, false);
+      m.commit(plan.step);
       CHECK(m.num_table_blocks(id) == (length + block_size - 1) / block_size);
     }
     m.verify();
@@ -88,10 +88,10 @@ TEST_CASE("the same commands give the same plans, whatever the seed of the hashe
         const auto new_tokens =
             tokens(static_cast<int>(1 + random() % 6), static_cast<int>(random() % 2));
         const auto count = static_cast<std::int64_t>(new_tokens.size());
-        const StepPlan& plan = m.append({&id, 1}, new_tokens, true, {&count, 1});
+        const StepPlan& plan = m.append({&id, 1}, new_tokens, std::span(&count, 1));
         logs[k].insert(logs[k].end(), plan.slots, plan.slots + plan.num_tokens);
         for (const BlockCopy& copy : plan.copies) logs[k].push_back(index(copy.target));
-        m.commit(plan.step, {}, false);
+        m.commit(plan.step);
       } catch (const OutOfBlocks&) {
         logs[k].push_back(-1);
       }
@@ -152,7 +152,7 @@ TEST_CASE("rollback leaves paths, lengths and counts as they were") {
   const Stats before = m.stats();
   for (int round = 0; round < 3; ++round) {
     const std::int64_t counts[3] = {1, 9, 3};
-    const StepPlan& plan = m.append(ids, tokens(13), true, counts);
+    const StepPlan& plan = m.append(ids, tokens(13), counts);
     CHECK(plan.copies.size() == 2);
     m.verify();
     m.rollback(plan.step);
@@ -179,7 +179,7 @@ TEST_CASE("what fits in the pool is never refused to the only sequence") {
       if (c.num_host_blocks > 0) m.complete(m.fetch(id).id);
       const auto rest = std::span(prompt).subspan(static_cast<std::size_t>(m.length(id)));
       const auto count = static_cast<std::int64_t>(rest.size());
-      m.commit(m.append({&id, 1}, rest, true, {&count, 1}).step, {}, false);
+      m.commit(m.append({&id, 1}, rest, std::span(&count, 1)).step);
       m.verify();
       const std::int64_t length = below(m.length(id) + 1);
       if (below(3) == 0) m.truncate({&id, 1}, {&length, 1});
@@ -201,7 +201,7 @@ TEST_CASE("out of blocks changes nothing, not even what is cached") {
   const auto more = tokens(20, 3);
   const std::int64_t count = 20;
   try {
-    m.append({&id, 1}, more, true, {&count, 1});
+    m.append({&id, 1}, more, std::span(&count, 1));
     FAIL("expected OutOfBlocks");
   } catch (const OutOfBlocks& e) {
     CHECK(e.needed == 5);

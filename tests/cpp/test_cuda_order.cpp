@@ -190,7 +190,7 @@ TEST_CASE("kernels whose arrays are on the device already can be captured") {
       {.num_device_blocks = 1, .block_size = 2, .max_batch = 1, .max_model_len = 2});
   const SequenceId id = manager.create_anonymous();
   const std::int64_t count = 2;
-  const StepPlan& plan = manager.append({&id, 1}, std::vector<Token>{1, 2}, true, {&count, 1});
+  const StepPlan& plan = manager.append({&id, 1}, std::vector<Token>{1, 2}, std::span(&count, 1));
   const StepShape shape{1, 2, static_cast<std::int32_t>(plan.table_stride)};
   std::vector<std::byte> step_memory(StepMemory::bytes(shape) + 64);
   const auto start = reinterpret_cast<std::uintptr_t>(step_memory.data()) + 63;

@@ -226,14 +226,14 @@ TEST_CASE("a step goes up in one copy: its arrays, its copies and the changes of
       manager.fork(ids[0], forked);
       ids = forked;
     }
-    const StepPlan& plan = manager.append(ids, std::vector<Token>(ids.size()), true,
+    const StepPlan& plan = manager.append(ids, std::vector<Token>(ids.size()),
                                           std::vector<std::int64_t>(ids.size(), 1));
     const std::int64_t before = w.runtime->num_calls("cudaMemcpyAsync");
     w.pool->begin_step(plan);
     CHECK(w.runtime->num_calls("cudaMemcpyAsync") == before + 1);
     num_copies += static_cast<std::int64_t>(plan.copies.size());
     num_updates += static_cast<std::int64_t>(plan.table_updates.size());
-    manager.commit(plan.step, {}, false);
+    manager.commit(plan.step);
   }
   CHECK(num_copies == 2);
   CHECK(num_updates > 6);
@@ -255,8 +255,7 @@ TEST_CASE("a plan with tables no wider than its longest row goes up as the manag
       ids = {manager.create_anonymous(), manager.create_anonymous()};
     }
     const std::int64_t counts[] = {count, 1};
-    plan =
-        manager.append(ids, std::vector<Token>(static_cast<std::size_t>(count) + 1), true, counts);
+    plan = manager.append(ids, std::vector<Token>(static_cast<std::size_t>(count) + 1), counts);
     narrow.clear();
     for (std::int32_t row = 0; row < plan.batch_size; ++row) {
       const BlockId* from = plan.block_tables + std::int64_t{row} * plan.table_stride;
@@ -275,7 +274,7 @@ TEST_CASE("a plan with tables no wider than its longest row goes up as the manag
       const std::int64_t at = std::int64_t{row} * kShape.table_stride;
       CHECK(std::equal(cells + at, cells + at + kShape.table_stride, plan.block_tables + at));
     }
-    manager.commit(plan.step, {}, false);
+    manager.commit(plan.step);
   }
   w.check_nothing_left();
 }
@@ -330,7 +329,7 @@ TEST_CASE("a step's arrays on the device are the plan's, whatever happened to th
       for (Token& t : tokens) t = w.below(100);
       const StepPlan* plan = nullptr;
       try {
-        plan = &manager.append(batch, tokens, true, counts);
+        plan = &manager.append(batch, tokens, counts);
       } catch (const Error&) {  // too long, or no block is left
         manager.release(ids);
         ids.clear();
@@ -354,7 +353,7 @@ TEST_CASE("a step's arrays on the device are the plan's, whatever happened to th
       if (w.below(4) == 0) {
         manager.rollback(plan->step);
       } else {
-        manager.commit(plan->step, {}, false);
+        manager.commit(plan->step);
       }
     }
     CHECK(num_uploads > 20);

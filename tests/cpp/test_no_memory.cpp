@@ -60,7 +60,7 @@ TEST_CASE("a transfer that there is no memory for uses up no number") {
   for (bool done = false; !done; ++failed) {
     BlockManager m(config);
     const SequenceId id = m.create(prompt, "");
-    m.commit(m.append({&id, 1}, prompt, true, {&count, 1}).step, {}, false);
+    m.commit(m.append({&id, 1}, prompt, std::span(&count, 1)).step);
     TransferPlan plan;
     const auto move = [&] { plan = m.swap_out({&id, 1}); };
     done = succeeds_without(failed, move);

@@ -181,7 +181,7 @@ class World {
     const StepPlan* plan = nullptr;
     if (!attempt("step", [&] {
           try {
-            plan = &manager_->append(ids, tokens, true, counts);
+            plan = &manager_->append(ids, tokens, counts);
           } catch (const InvalidSpec&) {  // past max_model_len
             throw InvalidState("");
           }
@@ -208,7 +208,7 @@ class World {
     for (const SequenceId id : ids) texts.push_back(&texts_.at(id));
     memory_->carry_out(*plan, texts);
     may_be_private_ |= manager_->stats().num_transfers > 0;
-    manager_->commit(plan->step, {}, false);
+    manager_->commit(plan->step);
     check_published(ids);
     read(ids);
   }
