@@ -41,7 +41,7 @@ class OutOfBlocks(KVError):
 
     def __str__(self) -> str:
         return (
-            f"the {self.tier} tier has {self.available} blocks available and this step needs "
+            f"the {self.tier} tier has {self.available} blocks available and this needs "
             f"{self.needed}: release or preempt sequences, or build a larger pool"
         )
 

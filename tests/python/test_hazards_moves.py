@@ -281,6 +281,8 @@ def test_hazard_26_a_copy_fails_and_nobody_hears_of_it() -> None:
 def test_hazard_27_the_consumer_is_no_stream() -> None:
     """Who reads memory from the host waits first: wait() is what says so, not a fence."""
     with World(schedule="lazy") as w:
+        for pool in (w.kv.k(0), w.kv.v(0)):
+            pool.zero_()  # what was in this memory before may have been another test's same bytes
         a = w.admit([1])
         w.device.hold_next()
         wanted = w.texts[a].content(0, 0)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from pagedkv.attention.call import installed, kernel_refusal, window_pair
+from pagedkv.machine import host_tensor
 
 if TYPE_CHECKING:
     from pagedkv.attention.call import Call
@@ -70,10 +71,10 @@ def _planned(kv: KVCache, call: Call, step: Step, key: object) -> Any:
             package.BatchPrefillWithPagedKVCacheWrapper(memory["flashinfer"], "NHD")
         )
     wrapper = memory[turn].begin()
-    lens = torch.from_numpy(step.plan.seq_lens)
+    lens = host_tensor(step.plan.seq_lens)
     num_blocks = (lens + size - 1) // size
     wrapper.plan(
-        torch.from_numpy(step.plan.query_starts).clone(),
+        host_tensor(step.plan.query_starts).clone(),
         F.pad(num_blocks.cumsum(0, dtype=torch.int32), (1, 0)),
         step.csr().kv_indices,
         lens - (num_blocks - 1) * size,
