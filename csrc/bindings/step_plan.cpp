@@ -73,7 +73,8 @@ py::object ManagerState::make(Output output, std::int64_t rows, std::int64_t col
     case Output::wait_for: break;
   }
   // A copy: of these alone there is no most, so their memory moves.
-  return read_only(py::array_t<i64>(rows, reinterpret_cast<const i64*>(plan.wait_for.data())));
+  const py::array_t<i64> copy(rows, reinterpret_cast<const i64*>(plan.wait_for.data()));
+  return read_only(copy.attr("view")());
 }
 
 namespace {

@@ -136,8 +136,9 @@ def _on_broken_pipe(number: int, frame: FrameType | None) -> None:
     connection that broke is no end.
     """
     output = select.poll()
-    output.register(1, 0)
-    if output.poll(0):
+    for file in (1, 2):
+        output.register(file, 0)
+    if any(event & select.POLLERR for _, event in output.poll(0)):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGPIPE)
 

@@ -307,7 +307,7 @@ class SimulatedCudaMachine(CudaMachine):
 
 
 def host_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """An array of a plan, where it is. A manager's are read-only views of what torch can take."""
+    """An array of a StepPlan, where it is. A manager's are read-only views of what torch takes."""
     return torch.from_numpy(array if array.flags.writeable else array.base)
 
 

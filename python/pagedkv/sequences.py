@@ -39,6 +39,8 @@ class Sequences:
     def _open_manager(self) -> BlockManager:
         if self._closed:
             raise InvalidState("this cache is closed")
+        if self._left:
+            self._release_left()
         return self.manager
 
     def create(self, tokens: Any = None, *, salt: bytes | str | None = None) -> int:
@@ -49,9 +51,7 @@ class Sequences:
         step() and record() tell of it.
         """
         self._look()
-        manager = self._open_manager()
-        self._release_left()
-        return manager.create(tokens, salt=salt)
+        return self._open_manager().create(tokens, salt=salt)
 
     def num_cached(self, id: int) -> int:
         """Tokens that create() found."""
@@ -86,7 +86,7 @@ class Sequences:
         self._open_manager().release(ids)
 
     def release_later(self, ids: Iterable[int]) -> None:
-        """Like release, with the next create() or step(): for finalizers.
+        """Like release, with the first command after the open step: for finalizers.
 
         They come amid a step of somebody else's, or in any thread. What is released by then is no
         error.

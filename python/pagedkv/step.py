@@ -64,6 +64,7 @@ class Step:
         self._step_before = step_before  # the last one that was carried out before
         self._open = True
         self._stale = False
+        self.is_abandoned = False  # by who would have closed it
         self._views: dict[str, torch.Tensor] = {}
         self._kept: dict[Hashable, Any] = {}
 
@@ -215,6 +216,10 @@ class Step:
         if self._manager is not None:
             self._manager.rollback(self.plan)
         self._closed(self._step_before)
+
+    def abandon(self) -> None:
+        """Like rollback, with the next command, which releases its sequences: for finalizers."""
+        self.is_abandoned = True
 
     def _closed(self, last_step: int) -> None:
         """It is over, and `last_step` the last one that was carried out."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -47,7 +48,6 @@ class Steps(Sequences):
         self._look()
         manager = self._open_manager()
         self._close_applied()
-        self._release_left()
         plan = manager.append(ids, tokens, counts)
         try:
             return self._begin(plan, manager)
@@ -134,6 +134,12 @@ class Steps(Sequences):
                 f"step {plan.step} has slots that are not in its blocks of {size} tokens: expected "
                 f"a plan of a manager with block_size={size}"
             )
+
+    def _release_left(self) -> None:
+        if self._step is not None and self._step.is_abandoned:
+            self._step.rollback()
+        with suppress(InvalidState):  # a step is open
+            super()._release_left()
 
     def _begin(self, plan: StepPlan, manager: BlockManager | None) -> Step:
         """Queue what precedes the step's work; whoever has the manager closes it there, too."""

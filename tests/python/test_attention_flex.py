@@ -60,7 +60,10 @@ def test_flex_stays_compiled_however_many_variants_there_are(
 
 
 def test_flex_wants_the_blocks_of_a_layer_side_by_side() -> None:
-    with world(layout="block_major") as w, pytest.raises(InvalidSpec, match='as in layout "layer_major"'):
+    with (
+        world(layout="block_major") as w,
+        pytest.raises(InvalidSpec, match='as in layout "layer_major"'),
+    ):
         w.check("flex", [w.kv.create()], [2])
     with world(dtype="float8_e5m2") as w, pytest.raises(InvalidSpec, match="of one dtype"):
         w.check("flex", [w.kv.create()], [2])

@@ -9,7 +9,10 @@ torch = pytest.importorskip("torch")
 import pagedkv as pk  # noqa: E402
 from attention_world import AttentionWorld, dense  # noqa: E402
 from pagedkv import InvalidSpec  # noqa: E402
-from pagedkv.attention import blockwise  # noqa: E402
+from pagedkv.attention import _choose as choose  # noqa: E402
+from pagedkv.attention import _look_at as look_at  # noqa: E402
+from pagedkv.attention import blockwise, gather  # noqa: E402
+from pagedkv.attention.call import Call  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +58,30 @@ def test_a_mask_that_hides_the_beginnings_of_rows(
             ]
             near = 1e-4 if dtype == "float32" else 2e-2
             torch.testing.assert_close(found.double(), torch.cat(expected), atol=near, rtol=near)
+
+
+def test_auto_takes_the_kernel_for_padding_on_the_left() -> None:
+    seen = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    w = world()
+    with w.kv, w.kv.step(w.new([6, 6])) as step:
+        for mask, backend in ((seen, blockwise), (seen.flip(1), gather)):
+            firsts = look_at(mask[:, None, None], 4, step)
+            call = Call(0, w.randn(2, 4, 16), 1.0, None, None, mask[:, None, None], firsts)
+            assert choose(w.kv, call, step, "auto") is backend
+
+
+def test_a_mask_that_is_written_over_is_looked_at_again() -> None:
+    w = world()
+    for inference in (False, True):
+        with torch.inference_mode(inference), w.kv.step(w.new([6, 6])) as step:
+            k, q = w.randn(2, 2, 16), w.randn(2, 4, 16)
+            w.kv.write(0, k, k, step)
+            mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+            for first in (0, 2, 5):
+                mask[..., :first] = False
+                found = w.kv.attention(0, q, step, attn_mask=mask, backend="blockwise")
+                expected = w.kv.attention(0, q, step, attn_mask=mask, backend="gather")
+                torch.testing.assert_close(found, expected)
 
 
 def test_which_masks_hide_beginnings_alone() -> None:

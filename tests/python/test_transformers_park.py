@@ -89,6 +89,21 @@ def test_with_copies_that_run_late_and_out_of_order(seed: int) -> None:
     assert device.violations == []
 
 
+def test_dropped_rows_are_in_nobodys_way() -> None:
+    """Not of rows that come back, and on the host not of rows that leave."""
+    model, prompt = tiny.model("llama"), tiny.prompts("one")
+    with two_tiers() as cache:
+        found = tiny.generate(model, cache, **prompt, do_sample=False)
+        length = cache.get_seq_length()
+        for _ in range(30):  # of which few would fit
+            dropped = cache.fork()
+            tiny.generate(model, dropped, input_ids=found, do_sample=False)
+            dropped.park()
+            del dropped
+            cache.park()
+            assert cache.resume() == length
+
+
 def test_a_forward_on_parked_rows_says_to_resume() -> None:
     model, prompt = tiny.model("llama"), tiny.prompts("one")
     with two_tiers() as cache:

@@ -76,6 +76,9 @@ def test_what_is_dropped_gives_its_rows_back() -> None:
         dropped = cache.fork()
         with cache.kv.step([cache.kv.create()]):
             del dropped  # amid a step of somebody else's
+        dropped = cache.fork()
+        dropped._rows.open(1, 1, None, knows_prompt=False)
+        del dropped  # amid its own
         cache.reset()
         cache.kv.create()
         cache.kv.verify()
@@ -214,8 +217,29 @@ def test_padding_that_start_was_not_told_of_is_seen_by_its_mask() -> None:
             tiny.generate(model, cache, do_sample=False, **inputs)
         assert held(cache) == before
         cache.reset()
-        with pytest.raises(InvalidSpec, match=r"attention_mask is \[2, 3\], expected"):
+        with pytest.raises(
+            InvalidSpec, match=r"attention_mask is torch.Size\(\[2, 3\]\), expected"
+        ):
             cache.start(ids, torch.ones(2, 3))
+
+
+def test_a_later_turn_with_a_mask_or_other_positions_leaves_no_hits() -> None:
+    model, ids = tiny.model("llama"), prompt()
+    with paged(model) as cache, torch.no_grad():
+        for untold in (
+            {"attention_mask": torch.ones(1, PROMPT)},
+            {"position_ids": torch.arange(8)[None]},
+        ):
+            cache.clear()
+            assert cache.start(ids) == 0
+            model(ids[:, :-8], past_key_values=cache)
+            inputs = {name: value.clone() for name, value in untold.items()}
+            if "attention_mask" in inputs:
+                inputs["attention_mask"][:, 3:5] = 0
+            model(ids[:, -8:], past_key_values=cache, **inputs)
+            cache.finish(ids)
+            assert cache.start(ids) == (PROMPT - 8) // 16 * 16  # the full block before
+            cache.reset()
 
 
 def test_embeddings_are_not_told_by_token_ids() -> None:

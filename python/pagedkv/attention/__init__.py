@@ -93,8 +93,7 @@ def attend(
     window = spec.window if window is None else window
     firsts = None
     if attn_mask is not None:
-        _check_mask(attn_mask, num_heads, step)
-        window, firsts = None, _firsts(attn_mask, step)
+        window, firsts = None, _look_at(attn_mask, num_heads, step)
     k_scale, v_scale = kv.scales[layer]
     if k_scale != 1:
         q = q * k_scale  # first: what is stored may be so large that products with it overflow
@@ -102,6 +101,18 @@ def attend(
     call = Call(layer, q, scale, softcap, window, attn_mask, firsts)
     out = _choose(kv, call, step, backend).attend(kv, call, step)
     return out if v_scale == 1 else out.mul_(v_scale)
+
+
+def _look_at(mask: torch.Tensor, num_heads: int, step: Step) -> torch.Tensor | None:
+    """Check a mask, and see what it says: once for all layers that have it as it is."""
+
+    def look() -> tuple[torch.Tensor, torch.Tensor | None]:
+        _check_mask(mask, num_heads, step)
+        return mask, _firsts(mask, step)  # it has to live as long as its id stands for it
+
+    if not isinstance(mask, torch.Tensor) or mask.is_inference():  # which tells nobody of changes
+        return look()[1]
+    return step.kept(("mask", id(mask), mask._version, num_heads), look)[1]
 
 
 def _check_mask(mask: torch.Tensor, num_heads: int, step: Step) -> None:

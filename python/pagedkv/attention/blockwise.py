@@ -65,8 +65,8 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
     parts: list[torch.Tensor] = []  # [some tokens, Hq, v_dim], one behind the other
     has_kernel = takes(kv, call)
     for first, last, shared, count in _runs(kv, call, step):
-        begin = _begin(call, first, last)
-        if shared and call.window is None and begin < shared * kv.spec.block_size:
+        begin = _begin(call, first, last) if shared and call.window is None else sys.maxsize
+        if begin < shared * kv.spec.block_size:
             parts.append(_beams(kv, call, step, first, last, shared, begin))
         elif count == 1 and has_kernel:
             parts.append(decode(kv, call, step, first, last))

@@ -93,13 +93,24 @@ def skip_held(inputs: dict[str, Any], length: int) -> dict[str, Any]:
     return {**inputs, **{n: tensor[..., length:] for n, tensor in found.items()}}
 
 
-def untold(inputs: Mapping[str, Any], is_prompt: bool) -> str | None:
-    """Why the token ids of a forward do not tell what it computes, if they do not."""
-    mask = inputs.get("attention_mask")
-    if inputs.get("input_ids") is None:
+def untold(inputs: Mapping[str, Any], length: int, is_prompt: bool) -> str | None:
+    """Why the token ids of a forward, behind `length` others, do not tell what it computes.
+
+    None if they do. One new token behind the prompt is not looked at: on a GPU the host would wait.
+    """
+    ids, mask, positions = (
+        inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids")
+    )
+    if ids is None:
         return "the model is given inputs_embeds"
-    if is_prompt and isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all()):
+    if ids.shape[-1] == 1 and not is_prompt:
+        return None
+    if mask is not None and not (getattr(mask, "ndim", 0) == 2 and bool(mask.all())):
         return "its mask (without one generate() makes it by pad_token_id) hides some of them"
+    if isinstance(positions, torch.Tensor):
+        usual = torch.arange(length, length + ids.shape[-1], device=positions.device)
+        if positions.shape[-1] != len(usual) or bool((positions != usual).any()):
+            return "its position_ids are others"
     return None
 
 

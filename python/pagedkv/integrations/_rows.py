@@ -88,6 +88,7 @@ class Rows:
         # the manager knows. -1: the rows are anonymous, and never prefix hits.
         self._prompt: _Ids | None = None
         self._num_known = -1
+        self._num_hit = 0
         self._reordered = False
 
     def __len__(self) -> int:
@@ -107,6 +108,8 @@ class Rows:
         """What nobody has any more is released: a fork() that was used once and dropped."""
         made = [] if self._made is None else self._made.tolist()
         made += [i for ids in self._forks for i in ids[1:].tolist()]
+        if self.open_step is not None:
+            self.open_step.step.abandon()
         self.kv.release_later([*self.ids.tolist(), *made, *self._unused])
 
     # -- steps -----------------------------------------------------------------------------------
@@ -152,11 +155,11 @@ class Rows:
     def expect_untold(self, why: str) -> None:
         """A forward computes what token ids do not tell: these rows leave no more hits.
 
-        Raises InvalidState if they took some.
+        Raises InvalidState if they took some for this prompt.
         """
-        if self._prompt is not None and self.length:
+        if self._prompt is not None and self._num_hit:
             raise InvalidState(
-                f"start() found {self.length} tokens of this prompt computed, and it is not told "
+                f"start() found {self._num_hit} tokens of this prompt computed, and it is not told "
                 f"by its token ids alone: {why}. Call reset(), and generate without start(), or "
                 "give it a salt that tells what they do not"
             )
@@ -270,7 +273,8 @@ class Rows:
         twin.parked = self.parked
         twin.ids = np.array([self.kv.fork(int(row), 2)[1] for row in self.ids], np.int64)
         twin.length, twin._prompt = self.length, self._prompt
-        twin._num_known, twin._reordered = self._num_known, self._reordered
+        twin._num_known, twin._num_hit = self._num_known, self._num_hit
+        twin._reordered = self._reordered
         return twin
 
     def park(self) -> Transfer:
@@ -325,7 +329,7 @@ class Rows:
         hit = min(self.kv.num_cached(row) for row in ids)
         self.ids = np.array(ids, np.int64)
         self.kv.truncate(self.ids, np.full(len(ids), hit))
-        self._prompt, self.length, self._num_known = prompt, hit, hit
+        self._prompt, self.length, self._num_known, self._num_hit = prompt, hit, hit, hit
         self.num_hit_tokens += hit * len(ids)
         return hit
 

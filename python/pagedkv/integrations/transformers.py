@@ -90,7 +90,7 @@ class PagedCache(Cache, Attached):
         Raises InvalidSpec if it is none, or has layers that a KVCache cannot hold.
         """
         if not isinstance(model, torch.nn.Module):
-            raise InvalidSpec(f"model is {model!r}, expected a model of transformers")
+            raise InvalidSpec(f"model is {model!r:.80}, expected a model of transformers")
         spec = KVSpec.from_config(model.config, dtype=str(model.dtype), block_size=block_size)
         num_tokens = spec.num_blocks(parse_bytes(memory, "memory")) * block_size
         kv = KVCache(
@@ -250,11 +250,9 @@ class PagedCache(Cache, Attached):
             kind = getattr(input_ids, "dtype", type(input_ids).__name__)
             raise InvalidSpec(f"input_ids is {kind}, expected a tensor of token ids")
         if attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
-                raise InvalidSpec(
-                    f"attention_mask is {list(attention_mask.shape)}, expected input_ids' shape, "
-                    f"{list(input_ids.shape)}"
-                )
+            shape = getattr(attention_mask, "shape", None)
+            if shape != input_ids.shape:
+                raise InvalidSpec(f"attention_mask is {shape}, expected {input_ids.shape}")
             if not bool((attention_mask == 1).all()):
                 return 0
         return self._rows.start(np.ascontiguousarray(input_ids.cpu().numpy(), np.int64), salt)
@@ -340,9 +338,9 @@ class PagedCache(Cache, Attached):
         whole, inputs = inputs, skip_held(inputs, self._rows.length)
         if inputs is not whole:
             self._rows.check_prompt(whole["input_ids"].cpu().numpy())
-        why = untold(inputs, self._rows.awaits_prompt) if self._rows.wants_tokens else None
-        if why is not None:
-            self._rows.expect_untold(why)
+        rows = self._rows
+        if rows.wants_tokens and (why := untold(inputs, rows.length, rows.awaits_prompt)):
+            rows.expect_untold(why)
         folded = fold_rows(inputs, len(self._rows))
         if folded is not None:
             forward.batch = inputs["input_ids"].shape[0]

@@ -327,8 +327,8 @@ def _notes(fit: Fit, whole: KVSpec) -> tuple[str, ...]:
         notes.append(f"{fit.gpu.name} has no bfloat16: float16 is as large")
     if fit.weighed.most_bytes > fit.weighed.num_bytes:
         notes.append(
-            "the config leaves some matrices unquantised: the estimate of the weights has all of "
-            "them quantised, its upper end none"
+            "the config leaves some matrices unquantised, in layers that are not looked up: the "
+            "estimate of the weights has them quantised, its upper end not"
         )
     kinds = {layer.kind for layer in whole.layers}
     if kinds & {"latent", "state"} or any(layer.state_bytes for layer in whole.layers):
