@@ -84,6 +84,28 @@ def test_a_mask_that_is_written_over_is_looked_at_again() -> None:
                 torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("q_type", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("mask_type", ["float64", "float32", "bfloat16", "float16"])
+def test_a_mask_of_floats_is_of_any_type(
+    q_type: str, mask_type: str, softcap: float | None
+) -> None:
+    w = world()
+    with w.kv, w.kv.step(w.new([9, 4]), counts=[2, 2]) as step:
+        w.kv.write(0, w.randn(4, 2, 16), w.randn(4, 2, 16), step)
+        q, hidden = w.randn(4, 4, 16), torch.rand(2, 4, 2, 11) < 0.3
+        mask = torch.zeros(2, 4, 2, 11, dtype=getattr(torch, mask_type))
+        mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+        expected = w.kv.attention(0, q, step, softcap=softcap, attn_mask=~hidden)
+        found = w.kv.attention(
+            0, q.to(getattr(torch, q_type)), step, softcap=softcap, attn_mask=mask
+        )
+        near = 2e-2 if q_type in ("bfloat16", "float16") else 1e-5
+        torch.testing.assert_close(found.float(), expected, atol=near, rtol=near)
+        with pytest.raises(InvalidSpec, match="attn_mask is torch.float8"):
+            w.kv.attention(0, q, step, attn_mask=mask.to(torch.float8_e5m2))
+
+
 def test_which_masks_hide_beginnings_alone() -> None:
     w = world()
     with w.kv:

@@ -170,6 +170,23 @@ def test_gradients_are_right_where_k_and_v_need_none_and_else_refused() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_what_backward_needs_is_not_overwritten_by_the_next_forward() -> None:
+    model, ids = other_model("llama", num_key_value_heads=4), prompt()  # so K and V go in as kept
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "layers.1" in name and "q_proj" in name
+
+    def gradients(cache: Any) -> Any:
+        with torch.no_grad():
+            model(input_ids=ids[:, :20], past_key_values=cache)
+        loss = model(input_ids=ids[:, 20:30], past_key_values=cache).logits.square().sum()
+        with torch.no_grad():
+            model(input_ids=ids[:, 30:], past_key_values=cache)
+        return torch.autograd.grad(loss, model.model.layers[1].self_attn.q_proj.weight)
+
+    with paged(model) as cache:
+        torch.testing.assert_close(gradients(cache), gradients(DynamicCache()))
+
+
 @torch.no_grad()
 def test_attention_weights_are_there_where_they_are_asked_for() -> None:
     model, ids = copy.deepcopy(tiny.model("llama")), prompt()

@@ -94,6 +94,10 @@ def attend(
     firsts = None
     if attn_mask is not None:
         window, firsts = None, _look_at(attn_mask, num_heads, step)
+        if attn_mask.dtype != torch.bool:
+            attn_mask = attn_mask.to(q.dtype)  # all that torch's kernels take
+    if not step.num_tokens:
+        return q.new_empty(0, num_heads, spec.v_dim)
     k_scale, v_scale = kv.scales[layer]
     if k_scale != 1:
         q = q * k_scale  # first: what is stored may be so large that products with it overflow
@@ -116,7 +120,7 @@ def _look_at(mask: torch.Tensor, num_heads: int, step: Step) -> torch.Tensor | N
 
 
 def _check_mask(mask: torch.Tensor, num_heads: int, step: Step) -> None:
-    if mask.dtype != torch.bool and not mask.is_floating_point():
+    if mask.dtype != torch.bool and not (mask.is_floating_point() and mask.itemsize > 1):
         raise InvalidSpec(f"attn_mask is {mask.dtype}, expected bool, or floats to be added")
     counts, lens = np.diff(step.plan.query_starts), step.plan.seq_lens
     if len(counts) and (counts != counts[0]).any():

@@ -39,22 +39,21 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     for first, last, shared in step.groups:
         rows = slice(int(starts[first]), int(starts[last]))
-        mask = None
+        width, mask = int(lens[first:last].max()), None
+        is_causal = attn_mask is None and softcap is None and _is_new(step, first, last, window)
         if attn_mask is not None:
             part = attn_mask[first:last] if attn_mask.shape[0] > 1 else attn_mask
-            longest = int(lens[first:last].max())
-            mask = part[..., :longest]
-            if lens[first:last].min() < longest:
-                mask = _within(mask, lens_there[first:last], longest)
-        else:
+            mask = part[..., :width]
+            if lens[first:last].min() < width:
+                mask = _within(mask, lens_there[first:last], width)
+        elif not is_causal:
             mask = _mask_of_step(step, first, last, window)
         queries = q[rows].unflatten(0, (last - first, -1)).transpose(1, 2)
         if shared:
             found = _shared(kv, layer, queries, step, first, last, shared, scale, softcap, mask)
         else:
-            width = int(lens[first:last].max())
             k, v = kv.gather_blocks(layer, tables[first:last], 0, lens_there[first:last], width)
-            found = dense(queries, k, v, scale, softcap, mask)
+            found = dense(queries, k, v, scale, softcap, mask, is_causal)
         out[rows] = found.transpose(1, 2).flatten(0, 1)
     return out
 
@@ -63,6 +62,14 @@ def _within(mask: torch.Tensor, lens: torch.Tensor, longest: int) -> torch.Tenso
     """A mask of the caller's, who need not know that shorter rows are read beside longer ones."""
     behind = (torch.arange(longest, device=mask.device) >= lens[:, None])[:, None, None]
     return mask & ~behind if mask.dtype == torch.bool else mask.masked_fill(behind, -torch.inf)
+
+
+def _is_new(step: Step, first: int, last: int, window: int | None) -> bool:
+    """Whether all of one row is new, and seen: kernels know that mask, and skip half the work."""
+    length = int(step.plan.seq_lens[first])
+    num_new = int(step.plan.query_starts[first + 1] - step.plan.query_starts[first])
+    is_seen = window is None or window >= length
+    return last - first == 1 and 1 < length == num_new and is_seen
 
 
 def _mask_of_step(step: Step, first: int, last: int, window: int | None) -> torch.Tensor | None:
@@ -108,8 +115,9 @@ def dense(
     scale: float,
     softcap: float | None,
     mask: torch.Tensor | None,
+    is_causal: bool = False,
 ) -> torch.Tensor:
-    """q [B, Hq, n, D], k and v [B, H, S, D] -> [B, Hq, n, Dv]."""
+    """q [B, Hq, n, D], k and v [B, H, S, D] -> [B, Hq, n, Dv]. `is_causal` is a mask, of n == S."""
     found: torch.Tensor
     if k.dtype != q.dtype:
         k, v = k.to(q.dtype), v.to(q.dtype)
@@ -120,7 +128,7 @@ def dense(
         return found.reshape(q.shape[0], q.shape[1], 1, -1)
     if softcap is None:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     dtype, group = q.dtype, q.shape[1] // k.shape[1]
     q, k, v = widened(q, k, v)
@@ -138,8 +146,8 @@ def _weights(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        visible = mask.dtype == torch.bool
-        scores = scores.masked_fill(~mask, -torch.inf) if visible else scores + mask
+        is_bool = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -torch.inf) if is_bool else scores + mask
     return torch.softmax(scores, -1).to(dtype)
 
 
