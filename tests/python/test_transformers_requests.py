@@ -103,6 +103,18 @@ def test_forks_go_on_apart(twin_of: Any) -> None:
         tiny.check_empty(cache.kv)
 
 
+def test_a_fork_leaves_hits_as_what_it_was_forked_from() -> None:
+    model, ids = tiny.model("llama"), prompt()
+    with paged(model) as cache:
+        cache.start(ids)
+        cache.prefill(model, ids)
+        twin = cache.fork()
+        found = generate(model, twin, ids)
+        twin.finish(found)
+        cache.reset()
+        assert cache.start(found) == found.shape[1] - 1 - (found.shape[1] - 1) % 16
+
+
 # -- prefix hits across requests ------------------------------------------------------------------
 
 

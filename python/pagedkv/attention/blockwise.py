@@ -72,8 +72,6 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
             parts.append(decode(kv, call, step, first, last))
         else:
             parts += _rows(kv, call, step, first, last, count)
-    if not parts:
-        return call.q.new_empty(0, call.q.shape[1], kv.spec.layers[call.layer].v_dim)
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out if out.dtype is call.q.dtype else out.to(call.q.dtype)
 
