@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
 from functools import cached_property
 from types import TracebackType
@@ -46,7 +47,8 @@ class Step:
 
     A context manager: leaving it commits, an exception rolls back. T is the number of new tokens,
     B the batch. `plan` is the StepPlan behind it; the tensors are on the cache's device, to be read
-    only: block tables are kept up to date where they are.
+    only: block tables are kept up to date where they are. Who has a step alone has
+    no cache, whose memory is large: once that is gone, the step is closed, and says so.
 
     Attributes:
         is_applied: whether the plan is another manager's, which KVCache.apply() carries out: then
@@ -59,7 +61,7 @@ class Step:
         self.plan = plan
         self.num_tokens: int = plan.num_tokens
         self.is_applied = manager is None
-        self._kv: KVCache = kv  # type: ignore[assignment]  # the only class of Steps that is made
+        self._cache = weakref.ref(kv)
         self._manager = manager
         self._step_before = step_before  # the last one that was carried out before
         self._open = True
@@ -67,6 +69,13 @@ class Step:
         self.is_abandoned = False  # by who would have closed it
         self._views: dict[str, torch.Tensor] = {}
         self._kept: dict[Hashable, Any] = {}
+
+    @property
+    def _kv(self) -> KVCache:
+        kv: KVCache | None = self._cache()  # type: ignore[assignment]  # the Steps that are made
+        if kv is None:
+            raise InvalidState(f"the cache of step {self.plan.step} is gone, as nobody had it")
+        return kv
 
     def _view(self, name: str) -> torch.Tensor:
         view = self._views.get(name)
@@ -201,30 +210,32 @@ class Step:
 
     @property
     def is_open(self) -> bool:
-        return self._open
+        return self._open and self._cache() is not None
 
     def commit(self, lengths: Any = None) -> None:
         """Close the step; `lengths[b]` keeps only that much of row b. See BlockManager.commit."""
+        kv = self._kv
         if self._manager is not None:
             self._manager.commit(self.plan, lengths)
         elif lengths is not None:
             raise InvalidSpec("lengths are for the manager that made the plan: commit them there")
-        self._closed(self.plan.step)
+        self._closed(kv, self.plan.step)
 
     def rollback(self) -> None:
         """Close the step as if it had not been."""
+        kv = self._kv
         if self._manager is not None:
             self._manager.rollback(self.plan)
-        self._closed(self._step_before)
+        self._closed(kv, self._step_before)
 
     def abandon(self) -> None:
         """Like rollback, with the next command, which releases its sequences: for finalizers."""
         self.is_abandoned = True
 
-    def _closed(self, last_step: int) -> None:
+    def _closed(self, kv: Steps, last_step: int) -> None:
         """It is over, and `last_step` the last one that was carried out."""
         self._open = False
-        self._kv._step_closed(self, last_step)
+        kv._step_closed(self, last_step)
 
     def __enter__(self) -> Step:
         return self
@@ -235,7 +246,7 @@ class Step:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._open:
+        if not self.is_open:
             return
         if kind is None:
             self.commit()

@@ -64,7 +64,7 @@ class Steps(Sequences):
         manager, step = self._open_manager(), self._step
         manager.rollback()
         if step is not None:
-            step._closed(step._step_before)
+            step._closed(self, step._step_before)
         elif self._transfers is not None:
             self._transfers.paused = False
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -287,16 +286,6 @@ def test_a_step_whose_buffers_are_another_ones_says_so(kv: KVCache, name: str) -
 def test_ids_are_a_batch(kv: KVCache, command: str) -> None:
     with pytest.raises(InvalidSpec, match=r"ids is 5, expected a batch"):
         getattr(kv, command)(5)
-
-
-def test_a_cache_goes_with_its_last_reference() -> None:
-    """Not when the garbage collector comes by: its memory is large."""
-    kv = KVCache(KVSpec(1, 1, 4, "float32", 4), num_device_blocks=4)
-    with kv.step([kv.create([])], [1]):
-        pass
-    gone = weakref.ref(kv)
-    del kv
-    assert gone() is None
 
 
 def test_a_closed_step_or_another_cache_s_is_refused(kv: KVCache) -> None:
