@@ -296,6 +296,7 @@ class SimulatedCudaMachine(CudaMachine):
 
     def land(self) -> None:
         self._pool.synchronize()
+        self._held.clear()
 
     def step_tensor(self, plan: StepPlan, name: str) -> torch.Tensor:
         self.land()

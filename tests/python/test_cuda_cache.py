@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Literal
 
 import pytest
@@ -293,6 +294,19 @@ def test_two_devices_in_one_process() -> None:
                 w.read(a)
                 w.release(a)
         assert one.problems + two.problems + cuda.violations == []
+
+
+def test_what_queued_work_reads_stays_until_it_was_read() -> None:
+    spec = pk.KVSpec(1, 1, 4, "float32", 4)
+    kv = pk.KVCache(spec, device=CudaDevice(SimulatedCuda(schedule="lazy")), num_device_blocks=4)
+    with kv.step([kv.create()]) as step:
+        k, v = torch.ones(1, 1, 4), torch.ones(1, 1, 4)
+        kv.write(0, k, v, step)
+        held = weakref.ref(k), weakref.ref(v)
+        del k, v
+        assert None not in [ref() for ref in held]
+        assert kv.gather(0, step)[0].tolist() == [[[[1, 1, 1, 1]]]]  # which waits for it
+        assert [ref() for ref in held] == [None, None]
 
 
 def test_closing_gives_everything_back() -> None:
