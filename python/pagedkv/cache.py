@@ -76,6 +76,7 @@ class KVCache(Steps):
         DeviceError: the device, or the memory of the host tier, cannot be had.
     """
 
+    @torch.inference_mode(False)  # whatever is on now, what is kept may be used without
     def __init__(
         self,
         spec: KVSpec,
@@ -318,9 +319,10 @@ class KVCache(Steps):
             if memory.nbytes < num_bytes:
                 if memory.is_cuda:  # what was queued on another stream still reads it
                     memory.record_stream(torch.cuda.current_stream(memory.device))
-                memory = torch.empty(
-                    num_bytes + num_bytes // 4, dtype=torch.uint8, device=self.device
-                )
+                with torch.inference_mode(False):
+                    memory = torch.empty(
+                        num_bytes + num_bytes // 4, dtype=torch.uint8, device=self.device
+                    )
             view = memory[:num_bytes].view(dtype).view(shape)
             self._workspaces[i] = memory, view
         return view

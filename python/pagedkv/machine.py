@@ -120,7 +120,8 @@ class Machine:
         dtype = torch.int32 if name in ("block_tables", "seq_lens") else torch.int64
         key, nothing = (name, num_rows), (slice(0),)
         if key not in self._padded:
-            self._padded[key] = torch.zeros(shape, dtype=dtype, device="cpu"), nothing
+            with torch.inference_mode(False):  # which the next step may be without
+                self._padded[key] = torch.zeros(shape, dtype=dtype, device="cpu"), nothing
         found, filled = self._padded[key]
         found[filled] = 0  # alone: tables are mostly padding
         filled = nothing if host is None else tuple(slice(n) for n in host.shape)

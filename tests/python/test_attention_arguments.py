@@ -160,3 +160,15 @@ def test_adopted_tensors_of_inference_mode() -> None:
         tensors = [(torch.zeros(9, 4, 2, 16), torch.zeros(9, 4, 2, 16))]
     with pk.KVCache(pk.KVSpec(1, 2, 16, "float32", 4), tensors=tensors, num_host_blocks=4) as kv:
         AttentionWorld(kv, 4, torch.float32).check("auto", [kv.create()], [3])
+
+
+@pytest.mark.parametrize("backend", ["gather", "blockwise", "flex"])
+def test_a_cache_made_and_used_in_inference_mode_is_used_without(backend: str) -> None:
+    with torch.inference_mode():
+        w = world(layout="layer_major")
+        w.kv.read(0)[1].zero_()
+        ids = w.new([3, 4])
+        w.check(backend, ids, [1, 2])
+    w.check(backend, ids, [2, 1])
+    with w.kv.step(ids) as step:
+        assert not any(t.is_inference() for t in (*w.kv.pools()[0], *w.kv.gather(0, step)))

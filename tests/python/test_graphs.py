@@ -93,12 +93,21 @@ def test_hazard_23_a_replayed_graph_reads_old_tables(device: str) -> None:
         assert len(addresses) == 1
 
 
+def test_a_graph_whose_first_step_was_in_inference_mode() -> None:
+    with cache("cpu") as kv:
+        graph, ids = DecodeGraph(kv, Model("cpu").padded, num_rows=8, width=32), [kv.create()]
+        with torch.inference_mode(), kv.step(ids, [3]) as step:
+            graph(step)
+        with kv.step(ids, [3]) as step:
+            assert graph(step).shape == (1, H * D)
+
+
 def test_padding_attends_to_nothing_and_writes_to_the_padding_block() -> None:
     with cache("cpu") as kv:
         model = Model("cpu")
         graph = DecodeGraph(kv, lambda p: seen.append(p) or model.padded(p), num_rows=8, width=32)
         seen: list[Padded] = []
-        bits = kv.k(0)[1:].view(torch.int32)  # of memory that nobody has written
+        bits = kv.k(0)[1:].view(torch.int32).fill_(-1)  # what no key is
         before = bits.clone()
         with kv.step([kv.create()], [3]) as step:
             found = graph(step)

@@ -147,6 +147,17 @@ def test_compiled_writes_to_the_layers_of_a_cache_where_they_are(layout: Any) ->
                 assert torch.equal(v[1], (x[2:] + 1).transpose(0, 1))
 
 
+def test_compiled_writes_to_a_cache_that_was_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        kv = pk.KVCache(pk.KVSpec(1, H, D, "float32", P), num_device_blocks=4)
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.write, fullgraph=True, backend="aot_eager")
+    with kv.step([kv.create()], counts=[3]) as step:
+        k = torch.randn(3, H, D)
+        compiled(kv.k(0), kv.v(0), k, -k, step.slots)
+        assert torch.equal(kv.gather(0, step)[0][0], k.transpose(0, 1))
+
+
 def large_buffers(code: str, num_elements: int) -> list[str]:
     """Shapes of what compiled code allocates that holds so many elements, or more."""
     return [
