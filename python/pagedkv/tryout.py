@@ -103,7 +103,10 @@ class _Trial:
 
     def _compare(self, what: str) -> None:
         for i, (tensor, expected) in enumerate(zip(self.tensors, self._expected, strict=True)):
-            found = tensor[: len(expected)].contiguous().cpu().view(torch.uint8)
+            part = tensor[: len(expected)]
+            # Not contiguous(), which leaves any stride to a dimension of one.
+            copy = torch.empty(part.shape, dtype=part.dtype, device="cpu").copy_(part)
+            found = copy.view(torch.uint8)
             wrong = (found != expected).nonzero().tolist()
             if wrong:
                 block, token, head, byte = wrong[0]

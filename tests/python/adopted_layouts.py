@@ -81,6 +81,12 @@ def mla_in_two() -> Layers:
     return [(k, v) for k, v in tensors]
 
 
+def heads_of_one_element() -> Layers:
+    """Whose stride from element to element is anything."""
+    tensors = [noise(2, N, P, 1, H).transpose(3, 4) for _ in range(L)]
+    return [(t[0], t[1]) for t in tensors]
+
+
 # What each is to be taken for: all a token has in one run, pieces that swap moves of a block.
 LAYOUTS: dict[Callable[[], Layers], tuple[bool, int]] = {
     vllm: (True, 2 * L),
@@ -95,8 +101,11 @@ LAYOUTS: dict[Callable[[], Layers], tuple[bool, int]] = {
     elements_before_heads: (False, 2 * L),
     mla: (False, L),
     mla_in_two: (True, 2 * L),
+    heads_of_one_element: (True, 2 * L),
 }
 
 
 def spec_of(make: Callable[[], Layers]) -> pk.KVSpec:
+    if make is heads_of_one_element:
+        return pk.KVSpec(L, H, 1, "float16", P)
     return MLA if make in (mla, mla_in_two) else SPEC
