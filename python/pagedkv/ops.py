@@ -76,8 +76,6 @@ class _Layer:
                 f"k_pool is {k.dtype} {list(k.shape)} and v_pool {v.dtype} {list(v.shape)}: they "
                 "are not one layer's"
             )
-        self._k, self._v = (k.shape, k.stride()), (v.shape, v.stride())
-        self._dtype, self._device = k.dtype, k.device
         size = k.element_size()
         self.k_bytes, self.v_bytes = (p.shape[2] * p.shape[3] * size for p in (k, v))  # of a token
         regions = [
@@ -94,17 +92,6 @@ class _Layer:
             self.turn = nullcontext()
             self.pool = HostPool(regions, num_blocks, block_size)
         self.writer = LayerWriter(self.pool, 0, k, v)
-
-    def is_of(self, k: torch.Tensor, v: torch.Tensor) -> bool:
-        """Whether these, which are where its pools were, are seen as those were."""
-        return (
-            k.shape == self._k[0]
-            and v.shape == self._v[0]
-            and k.stride() == self._k[1]
-            and v.stride() == self._v[1]
-            and k.dtype is v.dtype is self._dtype
-            and k.device == v.device == self._device
-        )
 
 
 class _Turn:
@@ -128,7 +115,9 @@ class _Turn:
         self._lock.release()
 
 
-_layers: dict[tuple[int, int], list[_Layer]] = {}  # by the addresses of their pools
+# By all that tells pools from others: the same memory may be seen in many ways, as pool[:n] is.
+_layers: dict[tuple[object, ...], _Layer] = {}
+_last_at: dict[tuple[int, int], _Layer] = {}  # by the addresses of its pools: quicker to find
 
 
 @cache
@@ -136,18 +125,13 @@ def _turn(index: int) -> _Turn:
     return _Turn(CudaDevice(import_module("pagedkv._cuda").runtime(), index))
 
 
-def _layer_at(k: torch.Tensor, v: torch.Tensor) -> _Layer | None:
-    """The last one made of pools where these are: most likely theirs."""
-    there = _layers.get((k.data_ptr(), v.data_ptr()))
-    return there[-1] if there else None
-
-
 def _layer_of(k: torch.Tensor, v: torch.Tensor) -> _Layer:
-    there = _layers.setdefault((k.data_ptr(), v.data_ptr()), [])
-    layer = next((layer for layer in there if layer.is_of(k, v)), None)
+    at = k.data_ptr(), v.data_ptr()
+    seen = k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype, v.device
+    layer = _layers.get((at, seen))
     if layer is None:
-        layer = _Layer(k, v)
-        there.append(layer)
+        layer = _layers[at, seen] = _Layer(k, v)
+    _last_at[at] = layer
     return layer
 
 
@@ -159,8 +143,8 @@ def _write(
     slots: torch.Tensor,
 ) -> None:
     """Token t of k and v [T, H, D] goes to slots[t] (int64 [T]) of a layer's pools [N, P, H, D]."""
-    layer = _layer_at(k_pool, v_pool)
-    if layer is not None:
+    layer = _last_at.get((k_pool.data_ptr(), v_pool.data_ptr()))
+    if layer is not None:  # most likely theirs
         with layer.turn:
             if layer.writer.write_into(k_pool, v_pool, k, v, slots):
                 return

@@ -282,6 +282,31 @@ def test_a_layer_keeps_its_pool_however_many_follow() -> None:
     assert pool(0) is first
 
 
+def test_one_memory_may_be_seen_in_many_ways() -> None:
+    """A call costs the same whichever of them it is: nobody looks at the others."""
+    pool = torch.zeros(300, P, H, D)
+    table, length = torch.ones(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    num_calls = []  # of functions, within an operator's
+
+    def look(seen: Any) -> None:
+        num_calls.append(0)
+
+        def count(*event: Any) -> None:
+            num_calls[-1] += 1
+
+        sys.setprofile(count)
+        ops.gather(seen, seen, table, length, 1)
+        sys.setprofile(None)
+
+    views = [pool[:n] for n in range(2, 300)]
+    for _ in range(2):  # the first time, each has to be looked at
+        for seen in views:
+            look(seen)
+    assert len(set(num_calls[len(views) :])) == 1
+    with pytest.raises(ValueError, match="outside the pool"):
+        ops.gather(views[0], views[0], table + 1, length, 1)
+
+
 def test_what_is_outside_the_pool_is_refused_on_the_cpu() -> None:
     k_pool, v_pool, memory = pools("block_major", "cpu")
     before = memory.clone()
