@@ -143,7 +143,9 @@ class DecodeGraph:
         self._graph, self._output = graph, output
 
     def _pools(self) -> list[int]:
-        return [t.data_ptr() for layer in self._kv.pools() for t in layer]
+        """Where the cache's tensors are, if they may be elsewhere later: its own may not."""
+        adopted = self._kv._adopted is not None
+        return [t.data_ptr() for layer in self._kv.pools() for t in layer] if adopted else []
 
     def _check(self, step: Step) -> None:
         self._kv._require(step)

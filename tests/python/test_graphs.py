@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -192,12 +193,32 @@ def test_what_a_graph_was_not_made_for_is_refused() -> None:
         graph(step)
 
 
-def test_tensors_that_have_moved_are_noticed() -> None:
-    kv = cache("cpu")
-    graph = DecodeGraph(kv, Model("cpu").padded, num_rows=2, width=8)
-    kv._layers = tuple((k.clone(), v.clone()) for k, v in kv._layers)
-    with kv.step([kv.create()], [1]) as step, pytest.raises(pk.InvalidState, match="moved"):
-        graph(step)
+def test_adopted_tensors_that_have_moved_are_noticed() -> None:
+    tensors = [(torch.zeros(9, 4, H, D), torch.zeros(9, 4, H, D)) for _ in range(2)]
+    with cache("cpu", num_device_blocks=None, tensors=tensors) as kv:
+        graph = DecodeGraph(kv, Model("cpu").padded, num_rows=2, width=8)
+        with kv.step([kv.create()], [1]) as step:
+            graph(step)
+        storage = tensors[1][0].untyped_storage()
+        storage.resize_(2 * storage.nbytes())
+        with kv.step([kv.create()], [1]) as step, pytest.raises(pk.InvalidState, match="moved"):
+            graph(step)
+
+
+def test_a_call_looks_at_no_layer_of_a_cache_of_its_own_tensors() -> None:
+    num_calls = {1: 0, 40: 0}  # of functions, by the number of layers
+    for num_layers in num_calls:
+        with pk.KVCache(pk.KVSpec(num_layers, H, D, "float32", 4), num_device_blocks=4) as kv:
+            graph = DecodeGraph(kv, lambda padded: padded.slots, num_rows=1, width=8)
+            with kv.step([kv.create()], [1]) as step:
+
+                def count(*event: Any) -> None:
+                    num_calls[num_layers] += 1  # noqa: B023
+
+                sys.setprofile(count)
+                graph(step)
+                sys.setprofile(None)
+    assert num_calls[1] == num_calls[40]
 
 
 def test_scales_are_refused() -> None:
