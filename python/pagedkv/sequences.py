@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,13 @@ class Sequences:
         """Else what transfers under way know, all of it, would wait for the garbage collector."""
         if self._transfers is not None:
             self._transfers.forget()
+
+    def __reduce__(self) -> NoReturn:
+        """Copies, too, would share the memory, and not know what the other does with it."""
+        raise TypeError(
+            "a KVCache cannot be copied or pickled: fork() its sequences, send another process its "
+            "plans, or make another cache"
+        )
 
     def _open_manager(self) -> BlockManager:
         if self._closed:

@@ -1,8 +1,10 @@
-"""How long a cache lives: as long as somebody has it, whoever has its steps and transfers."""
+"""A cache is there once, and as long as somebody has it, whoever has its steps and transfers."""
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -99,3 +101,9 @@ def test_a_transfer_whose_cache_is_gone_has_ended() -> None:
     with pytest.raises(pk.TransferError, match="closed before its end"):
         out.wait()
     out.wait()
+
+
+@pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_cache_has_no_copies(twin: Any) -> None:
+    with pytest.raises(TypeError, match=r"a KVCache cannot be copied or pickled: fork\(\)"):
+        twin(cache_on("cpu")[0])
