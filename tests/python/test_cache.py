@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -249,10 +250,18 @@ def test_tokens_make_prefix_hits(kv: KVCache) -> None:
     assert torch.equal(again, kept)
 
 
+@contextmanager
+def warn_always() -> Iterator[None]:
+    torch.set_warn_always(True)
+    try:
+        yield
+    finally:
+        torch.set_warn_always(False)
+
+
 def test_step_outputs_are_tensors(kv: KVCache) -> None:
     ids = [kv.create(), kv.create()]
-    torch.set_warn_always(True)
-    with warnings.catch_warnings(), kv.step(ids, counts=[5, 2]) as step:
+    with warn_always(), warnings.catch_warnings(), kv.step(ids, counts=[5, 2]) as step:
         warnings.simplefilter("error")  # such as that the plan's arrays are read only
         assert step.seq_lens.tolist() == [5, 2]
         assert step.query_starts.tolist() == [0, 5, 7]
@@ -265,7 +274,6 @@ def test_step_outputs_are_tensors(kv: KVCache) -> None:
         ]
         with pytest.raises(InvalidState, match="without tokens"):
             _ = step.input_ids
-    torch.set_warn_always(False)
 
 
 @pytest.mark.parametrize(
