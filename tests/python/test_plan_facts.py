@@ -142,8 +142,13 @@ def test_quantised_configs(quantisation: dict[str, Any], scheme: str, bits: floa
         (["lm_head", "model.embed_tokens", "model.layers.0.input_layernorm", "model.norm"], ()),
         (["model.layers.0.post_attention_layernorm", "re:.*self_attn.q_norm", "model.visual"], ()),
         (["model.layers.0.mlp.gate", "re:.*mlp.gate$", "mlp.shared_expert_gate", "gate"], ()),
+        (["block_sparse_moe.router.layer", "mlp.gate.weight", "mlp.router.weight"], ()),
+        ([r"re:.*mlp\.gate\..*", r"re:.*mlp\.(gate)$", "re:.*shared_expert_gate.*"], ()),
+        (["lm_head.weight", "model.layers.0.input_layernorm.weight", r"re:.*\.embed_\w+$"], ()),
+        ([".eh_proj", "model.layers.61.shared_head.head", "model.mtp.layers.0.mlp"], ()),
         (["model.layers.0.self_attn.q_proj"], ("q_proj", "k_proj", "v_proj", "o_proj")),
         (["re:.*self_attn.*"], ("q_proj", "k_proj", "v_proj", "o_proj")),
+        (["kv_a_proj_with_mqa"], ("q_proj", "k_proj", "v_proj", "o_proj")),
         ([r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"], ("mlp.",)),
         (["model.layers.0.mlp.down_proj", "lm_head"], ("mlp.",)),
         (["re:.*shared_experts.*"], ("shared_expert.",)),
@@ -152,6 +157,8 @@ def test_quantised_configs(quantisation: dict[str, Any], scheme: str, bits: floa
         (["model.layers.3"], ("",)),
         (["re:.*(self_attn|mlp).*"], ("",)),
         (["re:.*self_attn.*|.*mlp.*"], ("",)),
+        (["re:^(?!.*experts).*"], ("",)),
+        (["re:.*gate.*"], ("",)),  # which mlp.gate_proj is, too
     ],
 )
 def test_what_a_config_leaves_unquantised(listed: list[str], parts: tuple[str, ...]) -> None:
@@ -170,6 +177,26 @@ def test_what_a_config_leaves_unquantised(listed: list[str], parts: tuple[str, .
     assert plan.weights.most_bytes - plan.weights.num_bytes == more
     assert plan.weights.exact == (not parts)
     assert any("unquantised" in note for note in plan.notes) == bool(parts)
+
+
+@pytest.mark.parametrize(
+    ("field", "quantisation"),
+    [
+        ("ignore", {"quant_method": "compressed-tensors", "config_groups": {
+            "group_0": {"weights": {"num_bits": 8}}}}),
+        ("ignored_layers", {"quant_method": "fp8"}),
+        ("modules_to_not_convert", {"quant_method": "awq"}),
+        ("llm_int8_skip_modules", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    ],
+)  # fmt: skip
+def test_the_lists_of_what_is_unquantised(field: str, quantisation: dict[str, Any]) -> None:
+    """Each kind of quantisation has its own name for them."""
+    listed = {field: ["lm_head", "model.layers.1.self_attn", "model.layers.1.mlp"]}
+    for lists, exact in (({field: ["lm_head"]}, True), (listed, False)):
+        config = {**find_model("Llama-3.1-8B")[1], "quantization_config": quantisation | lists}  # type: ignore[index]
+        weights = pk.plan_memory(config, "A100-80GB").weights
+        assert (weights.most_bytes > weights.num_bytes) == (not exact)
+    assert weights.most_bytes == pytest.approx(2 * weights.num_parameters)  # all matrices
 
 
 @pytest.mark.parametrize(("model", "gpu"), [("gpt-oss-120b", "H200"), ("gpt-oss-20b", "RTX-4090")])

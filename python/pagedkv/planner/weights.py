@@ -26,19 +26,20 @@ QUANTISED: dict[str, dict[str, Any]] = {
 DEFAULT_DTYPE = "bfloat16"  # where the config does not say; the plan says so
 _EXPERT_MULTIPLE = 256  # MXFP4 kernels pad the experts' width to this
 
-# A config lists modules that stay unquantised by path or regular expression. These are never
-# quantised here, or not counted at all; a module is named by the end of its path.
+# A config lists modules that stay unquantised by path or regular expression, in one of these.
+_LISTS = ("ignore", "ignored_layers", "modules_to_not_convert", "llm_int8_skip_modules")
+# What is so named, or within what is, is never quantised here, or not counted at all.
 _PLAIN = re.compile(
-    r"(norm|embed|wte|wpe|lm_head|router|conv_?1d|bias)\w*\W*$|(\b|expert_)gate\$?$"
-    r"|vision|visual|audio|multi_?modal|\bmtp\b"
+    r".*(norm|embed|wte|wpe|lm_head|router|expert_gate|conv_?1d|bias|eh_proj).*|\*?(gate|head)"
+    r"|.*(vision|visual|audio|multi_?modal).*|\*?mtp\*?"
 )
 # Which parts of a layer a path is of, as _part() names them: the first that matches.
 _PARTS: dict[str, frozenset[str]] = {
     r"shared_?expert": frozenset({"shared_expert"}),
     r"expert": frozenset({"expert", "shared_expert"}),
-    r"mlp\\?\.\w+_proj": frozenset({"mlp"}),
+    r"mlp\.\w+_proj": frozenset({"mlp"}),
     r"mlp|feed_forward|ffn|moe": frozenset({"mlp", "expert", "shared_expert"}),
-    r"attn|attention|mamba": frozenset({"mixer"}),
+    r"attn|attention|mamba|\b[qkvo]+(_[ab])?_proj": frozenset({"mixer"}),
 }
 _ALL_PARTS = frozenset({"mixer", "mlp", "expert", "shared_expert"})
 
@@ -121,18 +122,25 @@ def _active(everything: Sequence[Tensor]) -> int:
 def _kept(method: Mapping[str, Any]) -> frozenset[str]:
     """The parts of layers in which the config may leave matrices unquantised."""
     names: list[Any] = []
-    for field in ("ignore", "ignored_layers", "modules_to_not_convert"):
+    for field in _LISTS:
         found = method.get(field)
         names += found if isinstance(found, list) else []
     parts: frozenset[str] = frozenset()
     for name in map(str, names):
-        path = re.sub(r"\([\w|]*\)", "x", name)  # "(up|down)_proj": one name or the other
-        if "|" in path:
+        path = _path(name)
+        if "|" in path or "(?" in path:  # one thing or another, or all but one
             parts |= _ALL_PARTS
-        elif not _PLAIN.search(path):
+        elif not any(map(_PLAIN.fullmatch, path.split("."))):
             matching = (part for words, part in _PARTS.items() if re.search(words, path))
             parts |= next(matching, _ALL_PARTS)
     return parts
+
+
+def _path(name: str) -> str:
+    """Of a path or an expression for some: names and dots, with "*" for what may be anything."""
+    path = name.removeprefix("re:").strip("^$").replace(r"\.", ".")
+    path = re.sub(r"\(([\w|]*)\)", lambda m: "x" if "|" in m[1] else m[1], path)
+    return re.sub(r"\.[*+]", "*", path)  # "(up|down)_proj" is x_proj: one name or the other
 
 
 def _part(tensor: Tensor) -> str:
