@@ -204,6 +204,16 @@ def test_output_that_nobody_reads_on_ends_as_sigpipe_does(arguments: str) -> Non
     assert (run.returncode, run.stderr) == (-signal.SIGPIPE, b"")
 
 
+def test_messages_that_nobody_reads_on_end_as_sigpipe_does() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = "plan --model Llama-3-8B --gpu nosuch"
+    words = [sys.executable, "-m", "pagedkv", *arguments.split()]
+    with os.fdopen(writer, "wb") as stderr:
+        run = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=stderr, check=False)
+    assert run.returncode == -signal.SIGPIPE
+
+
 def test_a_connection_that_breaks_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks() -> None:
         ours, theirs = socket.socketpair()
