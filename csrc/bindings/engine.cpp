@@ -21,6 +21,17 @@ namespace pagedkv {
 namespace {
 
 struct PyEngine {
+  PyEngine() = default;
+  PyEngine(const PyEngine&) = delete;
+  PyEngine& operator=(const PyEngine&) = delete;
+  ~PyEngine() {
+    try {
+      if (engine) engine->close();
+    } catch (const Error&) {
+      owner.release();  // copies may be under way: its memory is never given back
+    }
+  }
+
   py::object owner;  // of the memory that is copied: outlives the engine, which waits when it ends
   std::unique_ptr<TransferEngine> engine;
   Gate gate;

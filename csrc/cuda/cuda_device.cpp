@@ -40,16 +40,15 @@ CudaDevice::CudaDevice(std::shared_ptr<CudaRuntime> runtime, const CudaOptions& 
 }
 
 CudaDevice::~CudaDevice() {
-  if (is_parents()) {  // all of it is the parent's
-    for (auto& memory : host_) memory->leave();
-    static_cast<void>(ring_.release());
-    static_cast<void>(transfer_ring_.release());
-    return;
-  }
   try {
     close();
-  } catch (const DeviceError&) {  // lost: CUDA has nothing that could be given back
+  } catch (const DeviceError&) {
   }
+  if (closed_) return;
+  // It is the parent's, or may be in use.
+  for (auto& memory : host_) static_cast<void>(memory.release());
+  static_cast<void>(ring_.release());
+  static_cast<void>(transfer_ring_.release());
 }
 
 void CudaDevice::check(int code, const char* call) {
@@ -131,6 +130,12 @@ void CudaDevice::synchronize_callers() {
   callers_ = {stream_};
 }
 
+bool CudaDevice::is_at_rest(CudaStream stream) {
+  const int code = runtime_->synchronize(stream);
+  note_if_lost(code, "cudaStreamSynchronize");
+  return code == CudaRuntime::kSuccess || !is_open();
+}
+
 // -------------------------------------------------------------------------------------- events
 
 // A handle is (place + 1) and the generation above it, so that a recycled one is known.
@@ -157,6 +162,8 @@ Event CudaDevice::record(Stream stream) {
   free_events_.pop_back();
   state.live = true;
   state.status = Status::pending;
+  const auto broken = broken_.extract(cuda(stream));
+  state.failure = broken ? std::move(broken.mapped()) : std::string();
   return Event{(place + 1) | std::uint64_t{state.generation} << 32};
 }
 
@@ -169,7 +176,9 @@ void CudaDevice::fence(Stream stream, Event event, FenceSite) {
 }
 
 Status CudaDevice::settle(EventState& state, int code, const char* call) {
-  if (code == CudaRuntime::kSuccess) return state.status = Status::done;
+  if (code == CudaRuntime::kSuccess) {
+    return state.status = state.failure.empty() ? Status::done : Status::failed;
+  }
   note_if_lost(code, call);
   if (!is_sticky(code)) return Status::pending;  // of the call, not of the work, still under way
   return state.status = Status::failed;
@@ -200,7 +209,9 @@ Status CudaDevice::wait(Event event) {
 
 std::string CudaDevice::failure(Event event) {
   if (closed_) check_open();
-  return find(event).status == Status::failed ? lost_ : std::string();
+  const EventState& state = find(event);
+  if (state.status != Status::failed) return {};
+  return state.failure.empty() ? lost_ : state.failure;
 }
 
 void CudaDevice::recycle(Event event) {
@@ -261,7 +272,18 @@ std::size_t CudaDevice::num_ready_bytes() const {
 
 void CudaDevice::close() {
   if (is_parents()) throw DeviceError("CUDA does not survive fork(): use spawn");
-  if (std::exchange(closed_, true)) return;
+  if (closed_) return;
+  try {
+    const Guard guard(*this);
+    for (const auto& streams : {streams_, callers_}) {
+      for (const CudaStream stream : streams) {
+        check(runtime_->synchronize(stream), "cudaStreamSynchronize");
+      }
+    }
+  } catch (const DeviceError&) {
+    if (lost_.empty()) throw;  // work may be under way
+  }
+  closed_ = true;
   std::string failed;
   const auto end = [&](int code, const char* call) {
     if (code == CudaRuntime::kSuccess) return;
@@ -269,15 +291,7 @@ void CudaDevice::close() {
     if (what.empty()) what = error_message(*runtime_, code, call);
     runtime_->clear_error();
   };
-  int before = 0;
-  end(runtime_->get_device(&before), "cudaGetDevice");
-  end(runtime_->set_device(options_.index), "cudaSetDevice");
-  for (const CudaStream stream : streams_) {
-    end(runtime_->synchronize(stream), "cudaStreamSynchronize");
-  }
-  for (const CudaStream stream : callers_) {
-    end(runtime_->synchronize(stream), "cudaStreamSynchronize");
-  }
+  const Guard guard(*this, std::nothrow);
   ring_.reset();
   transfer_ring_.reset();
   while (!staging_.empty()) free_staging(staging_.back().first);
@@ -287,7 +301,6 @@ void CudaDevice::close() {
   for (const CudaStream stream : streams_) {
     end(runtime_->destroy_stream(stream), "cudaStreamDestroy");
   }
-  end(runtime_->set_device(before), "cudaSetDevice");
   streams_.clear();
   events_.clear();
   free_events_.clear();

@@ -8,10 +8,13 @@
 // into a graph, no event ends, and compute_stream(), wait() and uploads throw.
 //
 // An error after which CUDA refuses everything (an illegal address, for one) makes the device lost:
-// what was under way counts as failed, every call throws DeviceError, close() works.
+// what was under way counts as failed, every call throws DeviceError, close() works. Any other
+// error is of the call alone. A copy of which CUDA refuses a part has failed, once what was queued
+// of it has ended. What cannot be waited for at the end is never given back.
 #pragma once
 
 #include <atomic>
+#include <map>
 #include <memory>
 #include <new>
 #include <string>
@@ -99,9 +102,10 @@ class CudaDevice final : public Device {
   void check_open() const;
   void check_not_capturing();
   bool is_parents() const;  // in a forked child, which must not touch CUDA
-  bool is_open() const { return !closed_ && lost_.empty(); }  // else nothing is under way
+  bool is_open() const override { return !is_parents() && !closed_ && lost_.empty(); }
   void synchronize(CudaStream stream);
-  void synchronize_callers();  // all streams that the caller was on
+  void synchronize_callers();          // all streams that the caller was on
+  bool is_at_rest(CudaStream stream);  // waits; false if CUDA refuses to, so that nobody knows
 
  private:
   struct EventState {
@@ -109,6 +113,7 @@ class CudaDevice final : public Device {
     std::uint32_t generation = 0;
     bool live = false;
     Status status = Status::pending;
+    std::string failure = {};  // of a copy before it
   };
 
   struct Prepared {
@@ -140,6 +145,7 @@ class CudaDevice final : public Device {
   std::vector<CudaStream> callers_{nullptr};  // that the caller was on since all were waited for
   std::vector<CudaStream> streams_;           // our own
   std::vector<std::pair<CudaStream, void*>> staging_;
+  std::map<CudaStream, std::string> broken_;  // a copy on it, which its next record tells
   std::vector<EventState> events_;
   std::vector<std::size_t> free_events_;
   std::vector<std::unique_ptr<PinnedMemory>> host_;

@@ -41,8 +41,9 @@ void CudaDevice::calibrate() {
   check_open();
   const std::size_t size = options_.calibration_bytes;
   const Guard guard(*this);
-  PinnedMemory host(runtime_, options_.index, size, {.chunk_bytes = size, .ahead = false});
-  host.lock_all();
+  auto host = std::make_unique<PinnedMemory>(runtime_, options_.index, size,
+                                             PinnedOptions{.chunk_bytes = size, .ahead = false});
+  host->lock_all();
   void* memory = nullptr;
   const int code = runtime_->allocate(&memory, size);
   if (code == kOutOfMemory) return runtime_->clear_error();  // then nothing is measured
@@ -52,9 +53,9 @@ void CudaDevice::calibrate() {
                             std::size_t num_pieces) {
     if (2 * piece * num_pieces > size) return 0.0;
     const bool launches = method == CopyMethod::kernel || method == CopyMethod::staged;
-    if (launches && host.num_pageable_bytes() > 0) return 0.0;  // as copy() uses them
+    if (launches && host->num_pageable_bytes() > 0) return 0.0;  // as copy() uses them
     if (method == CopyMethod::staged && staging(stream) == nullptr) return 0.0;
-    return measure(stream, static_cast<std::byte*>(memory), host.data(), method, direction, piece,
+    return measure(stream, static_cast<std::byte*>(memory), host->data(), method, direction, piece,
                    num_pieces);
   };
   const auto give_back = [&] {
@@ -66,14 +67,18 @@ void CudaDevice::calibrate() {
     check(runtime_->create_stream(&stream), "cudaStreamCreateWithFlags");
     // Clocks and the bus come up to speed first, which would count against what is measured first.
     for (int i = 0; i < 4; ++i) {
-      check(runtime_->copy(host.data(), memory, size, stream), "cudaMemcpyAsync");
-      check(runtime_->copy(memory, host.data(), size, stream), "cudaMemcpyAsync");
+      check(runtime_->copy(host->data(), memory, size, stream), "cudaMemcpyAsync");
+      check(runtime_->copy(memory, host->data(), size, stream), "cudaMemcpyAsync");
     }
     check(runtime_->synchronize(stream), "cudaStreamSynchronize");
     methods_.calibrate(measured);
   } catch (...) {
-    if (stream != nullptr) note_if_lost(runtime_->synchronize(stream), "cudaStreamSynchronize");
-    give_back();
+    if (stream == nullptr || is_at_rest(stream)) {
+      give_back();
+    } else {  // copies may be under way: the stream is waited for at the end, its memory stays
+      streams_.push_back(stream);
+      static_cast<void>(host.release());
+    }
     throw;
   }
   give_back();

@@ -67,11 +67,11 @@ void CudaDevice::copy(Stream stream, std::span<const CopyRun> runs) {
   if (method == CopyMethod::batch && !can_batch(cuda(stream))) method = CopyMethod::loop;
   try {
     copy_by(method, cuda(stream), all.direction, all.runs);
-  } catch (...) {
-    // Some of the runs may be under way. Who is told that nothing was enqueued takes their memory
-    // for other things, so they have to end first. A lost device runs nothing any more.
-    if (lost_.empty()) note_if_lost(runtime_->synchronize(cuda(stream)), "cudaStreamSynchronize");
-    throw;
+  } catch (const std::exception& error) {
+    if (!lost_.empty()) throw;
+    // Some of the runs may be under way, and their memory is nobody else's before they have ended:
+    // so it is the next record that has failed, and not this call.
+    broken_.try_emplace(cuda(stream), error.what());
   }
 }
 

@@ -29,15 +29,19 @@ CudaPool::CudaPool(std::shared_ptr<CudaDevice> device, std::vector<Region> regio
         [&](std::byte* host) { std::memcpy(host, shapes_.regions().data(), bytes); });
     device_->synchronize(device_->stream());  // as the next call may be on another stream
   } catch (...) {
-    // The upload may be under way.
-    if (device_->runtime().synchronize(device_->stream()) != 0) device_->runtime().clear_error();
-    if (device_->runtime().free(regions_) != 0) device_->runtime().clear_error();
+    const bool is_free = device_->is_at_rest(device_->stream());  // of the upload
+    if (is_free && device_->runtime().free(regions_) != 0) device_->runtime().clear_error();
     throw;
   }
 }
 
 CudaPool::~CudaPool() {
   if (device_->is_parents()) return;
+  try {
+    synchronize();
+  } catch (const DeviceError&) {
+    if (device_->is_open()) return;  // kernels may be under way that read the regions
+  }
   const CudaDevice::Guard guard(*device_, std::nothrow);
   if (device_->runtime().free(regions_) != 0) device_->runtime().clear_error();
 }

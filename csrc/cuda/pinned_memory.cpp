@@ -40,10 +40,6 @@ PinnedMemory::PinnedMemory(std::shared_ptr<CudaRuntime> runtime, int device, std
 }
 
 PinnedMemory::~PinnedMemory() {
-  if (memory_ == nullptr) {  // a forked child has neither the thread nor the locks
-    if (ahead_.joinable()) ahead_.detach();
-    return;
-  }
   stopping_ = true;
   if (ahead_.joinable()) ahead_.join();
   for (std::size_t chunk = 0; chunk < num_chunks(); ++chunk) {

@@ -34,7 +34,6 @@ class PinnedMemory {
   PinnedMemory& operator=(const PinnedMemory&) = delete;
 
   std::byte* data() const { return memory_; }
-  std::size_t bytes() const { return bytes_; }
   bool contains(const std::byte* address) const {
     return address >= memory_ && address < memory_ + bytes_;
   }
@@ -53,7 +52,6 @@ class PinnedMemory {
   std::size_t num_ready_bytes() const {
     return std::min(num_ready_ * options_.chunk_bytes, bytes_);
   }
-  void leave() { memory_ = nullptr; }  // a forked child: it is the parent's
 
  private:
   enum class State : std::uint8_t { mapped, locked, pageable };
@@ -67,7 +65,7 @@ class PinnedMemory {
   const std::shared_ptr<CudaRuntime> runtime_;
   const int device_;
   const PinnedOptions options_;
-  std::byte* memory_;
+  std::byte* const memory_;
   const std::size_t bytes_;
   std::mutex mutex_;                  // of states_, and held while a chunk is locked
   std::atomic<int> num_waiting_ = 0;  // for the mutex, whom the helper thread lets go first

@@ -41,13 +41,14 @@ bool UploadRing::overlaps(std::size_t begin, std::size_t end) const {
 }
 
 void UploadRing::retire(bool wait) {
-  const Event until = in_use_.front().until;
-  if (device_.poll(until) == Status::pending) {
+  const InUse& oldest = in_use_.front();
+  const bool known = oldest.until != Event::none;
+  if (!known || device_.poll(oldest.until) == Status::pending) {
     if (!wait) return;
     ++num_waits_;
-    device_.wait(until);
+    known ? static_cast<void>(device_.wait(oldest.until)) : device_.synchronize(oldest.stream);
   }
-  device_.recycle(until);
+  if (known) device_.recycle(oldest.until);
   in_use_.pop_front();
 }
 
@@ -75,14 +76,8 @@ void UploadRing::copy(const Slice& slice, CudaStream stream) {
 
 void UploadRing::release(const Slice& slice, CudaStream stream) {
   const auto begin = static_cast<std::size_t>(slice.host - host_->data());
-  Event until = Event::none;
-  try {
-    until = device_.record(ours(stream));
-  } catch (const DeviceError&) {
-    device_.synchronize(stream);  // no event guards the slice, so nobody may still use it
-    throw;
-  }
-  in_use_.push_back({begin, begin + slice.bytes, until});
+  InUse& use = in_use_.emplace_back(begin, begin + slice.bytes, Event::none, stream);
+  use.until = device_.record(ours(stream));
   for (int i = 0; i < 2 && in_use_.size() > 1; ++i) {  // two for each: they do not pile up
     const std::size_t before = in_use_.size();
     retire(false);

@@ -1,7 +1,8 @@
 // Small arrays on their way to the GPU: descriptors, tables, slots. A ring of pinned memory
 // and one of device memory beside it, byte for byte.
 //
-// A slice belongs to its user until the work that was queued with it has ended: an event says when.
+// A slice belongs to its user until the work that was queued with it has ended: an event says when,
+// or, where none is to be had, its stream.
 // Then its bytes are given to the next one. If the ring is full, the host waits for the oldest
 // slice, and counts that; a slice larger than the ring makes it grow.
 #pragma once
@@ -69,7 +70,8 @@ class UploadRing {
   struct InUse {
     std::size_t begin;
     std::size_t end;
-    Event until;
+    Event until;  // none: until the stream has ended
+    CudaStream stream;
   };
 
   Slice reserve(std::size_t bytes);

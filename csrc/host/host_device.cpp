@@ -387,6 +387,8 @@ void HostDevice::close() {
   workers_->close();
 }
 
+bool HostDevice::is_open() const { return process_ == ::getpid() && !workers_->closed(); }
+
 std::int64_t HostDevice::num_host_waits() const {
   check_process();
   return workers_->num_host_waits();

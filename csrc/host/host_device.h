@@ -45,6 +45,7 @@ class HostDevice final : public Device {
   std::byte* allocate_host(std::size_t bytes) override;
   void free_host(std::byte* memory, std::size_t bytes) override;
   void close() override;
+  bool is_open() const override;
   std::int64_t num_host_waits() const override;
 
  private:

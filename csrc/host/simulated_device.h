@@ -65,6 +65,7 @@ class SimulatedDevice final : public Device {
   std::byte* allocate_host(std::size_t bytes) override;
   void free_host(std::byte* memory, std::size_t bytes) override;
   void close() override;
+  bool is_open() const override { return !closed_ && !lost_; }
   std::int64_t num_host_waits() const override { return num_host_waits_; }
 
   // The caller's own work: `work` runs when the schedule says, and may touch what `accesses` lists.

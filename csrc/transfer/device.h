@@ -19,7 +19,8 @@
 //      everything that no fence keeps from it.
 //
 // Memory must stay where it is until an event after its last use has ended. A call that throws has
-// enqueued nothing. Calls come from one thread at a time.
+// enqueued nothing, and says nothing of what was enqueued before, which runs as long as the device
+// is_open(). Calls come from one thread at a time.
 #pragma once
 
 #include <cstddef>
@@ -85,8 +86,11 @@ class Device {
   virtual void free_host(std::byte* memory, std::size_t bytes) = 0;
 
   // Waits until all that was enqueued has ended. Afterwards every call throws but this one,
-  // free_host() and num_host_waits().
+  // free_host(), is_open() and num_host_waits(). If it cannot wait it throws, and stays open.
   virtual void close() = 0;
+  // False once it is closed or lost, and in a forked child: then nothing that was enqueued touches
+  // this process's memory any more. Whatever else a call throws, it may.
+  virtual bool is_open() const = 0;
 
   // How often a call has blocked the host, in wait() or in a fence of rule 3's exception.
   virtual std::int64_t num_host_waits() const = 0;

@@ -34,7 +34,7 @@ TransferEngine::TransferEngine(std::shared_ptr<Device> device, std::vector<Block
 TransferEngine::~TransferEngine() {
   try {
     close();
-  } catch (...) {  // a device that is lost has nothing left to wait for
+  } catch (...) {  // copies may be under way, which the device waits for when it ends
   }
 }
 
@@ -225,6 +225,7 @@ void TransferEngine::make_void(Transfer& transfer, const std::string& why) {
   transfer.why = why;
   recycle(transfer.behind);
   recycle(transfer.begin);
+  recycle(transfer.end);
 }
 
 void TransferEngine::recycle(Event& event) {
@@ -260,17 +261,25 @@ bool TransferEngine::has_ended(Transfer& transfer, Ended& ended) {
     const Status status = device_->poll(transfer.end);
     if (status == Status::pending) return false;
     ended.failed = status == Status::failed;
-    if (ended.failed) {
-      ended.why = device_->failure(transfer.end);
-    } else if (transfer.begin != Event::none) {
-      ended.seconds = device_->seconds_between(transfer.begin, transfer.end);
-    }
-  } catch (const DeviceError& error) {  // a device that is lost touches nothing any more
+    if (ended.failed) ended.why = device_->failure(transfer.end);
+  } catch (const DeviceError& error) {
+    if (device_->is_open()) return false;  // of the call alone: the copies may be under way
     ended = {transfer.id, true, error.what(), 0};
   }
+  if (!ended.failed) ended.seconds = seconds_of(transfer);
   recycle(transfer.begin);
   recycle(transfer.end);
   return true;
+}
+
+// Of copies that have succeeded, whether or not their time can be told.
+double TransferEngine::seconds_of(const Transfer& transfer) {
+  if (transfer.begin == Event::none) return 0;
+  try {
+    return device_->seconds_between(transfer.begin, transfer.end);
+  } catch (const DeviceError&) {
+    return 0;
+  }
 }
 
 std::vector<TransferEngine::Ended> TransferEngine::poll() {
@@ -314,21 +323,22 @@ bool TransferEngine::cancel(TransferId id) {
 }
 
 void TransferEngine::close() {
-  if (std::exchange(closed_, true)) return;
+  if (closed_) return;
+  const std::string why = "the transfer engine was closed";
   for (Transfer& transfer : transfers_) {
-    if (transfer.state == State::queued) make_void(transfer, "the transfer engine was closed");
-    try {
-      if (transfer.state == State::copying) issue(transfer);
-      if (transfer.state != State::issued) continue;
-      await(transfer.end);
-    } catch (const DeviceError&) {  // lost: nothing is copied any more
-    }
-    recycle(transfer.begin);
-    recycle(transfer.end);
+    if (transfer.state == State::queued) make_void(transfer, why);
   }
-  const auto unknown = [](const Transfer& t) { return t.state == State::copying; };
-  if (std::ranges::any_of(transfers_, unknown))
-    device_->close();  // which alone knows when they end
+  for (Transfer& transfer : transfers_) {
+    if (transfer.state == State::void_) continue;
+    try {
+      issue_up_to(transfer.id);
+      await(transfer.end);
+    } catch (const DeviceError&) {
+      if (device_->is_open()) throw;  // it may be copied still
+    }
+    make_void(transfer, why);  // and its events are there for the next one
+  }
+  closed_ = true;
   transfers_.clear();
   device_->free_host(std::exchange(host_, nullptr), host_bytes_);
 }

@@ -50,7 +50,8 @@ class TransferEngine {
   // Allocates the host tier. Throws DeviceError if its memory cannot be had.
   TransferEngine(std::shared_ptr<Device> device, std::vector<BlockRegion> regions,
                  const EngineOptions& options);
-  ~TransferEngine();  // close(), whatever comes of it
+  // close(). If that is refused, the host tier's memory is left to the device.
+  ~TransferEngine();
   TransferEngine(const TransferEngine&) = delete;
   TransferEngine& operator=(const TransferEngine&) = delete;
 
@@ -65,7 +66,9 @@ class TransferEngine {
   std::vector<Ended> poll();
   void wait(TransferId id);    // until it has ended, which poll() tells
   bool cancel(TransferId id);  // false: its copies have begun, or ended
-  // Cancels what has not begun, waits for the rest, and gives the host tier back.
+  // Cancels what has not begun, waits for the rest, and gives the host tier back. Throws
+  // DeviceError if the device refuses to wait: then the tier stays, and close() may be called
+  // again.
   void close();
 
   bool in_flight(TransferId id) const { return find(id) != nullptr; }
@@ -103,6 +106,7 @@ class TransferEngine {
   void make_void(Transfer& transfer, const std::string& why);
   void recycle(Event& event);
   bool has_ended(Transfer& transfer, Ended& ended);
+  double seconds_of(const Transfer& transfer);
   void check_open() const;
 
   std::shared_ptr<Device> device_;

@@ -428,7 +428,7 @@ class TransferEngine(_Object):
     def cancel(self, transfer: int) -> bool:
         """False: its copies have begun, or ended."""
     def close(self) -> None:
-        """Cancel what has not begun, wait for the rest, give the host tier back."""
+        """Cancel what has not begun, wait for the rest, give the host tier back, or DeviceError."""
     def in_flight(self, transfer: int) -> bool:
         """Whether poll() has still to tell its end."""
     @property

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import math
 import os
-import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -15,7 +13,7 @@ try:
 except ImportError as error:  # the control plane works without; this does not
     raise ImportError("KVCache needs torch: pip install 'pagedkv[torch]'") from error
 
-from pagedkv import attention
+from pagedkv import attention, closing
 from pagedkv._core import BlockManager, CudaDevice, Device, HostPool, LayerWriter, TransferEngine
 from pagedkv.adopt import Adopted, adopt, require_unmoved
 from pagedkv.errors import ConcurrentUse, InvalidSpec, InvalidState, KVError
@@ -76,6 +74,9 @@ class KVCache(Steps):
         DeviceError: the device, or the memory of the host tier, cannot be had.
     """
 
+    _closed = True  # before it is begun
+    _process: int | None = None  # whose it is, once it is made
+
     @torch.inference_mode(False)  # whatever is on now, what is kept may be used without
     def __init__(
         self,
@@ -96,6 +97,7 @@ class KVCache(Steps):
         prefill_rate: float | None = None,
         cost_model: CostModel = swap_or_recompute,
     ) -> None:
+        closing.close_kept()
         spec.require_kv()
         self.scales = check_scales(scales, spec)
         machine = self.machine = machine_for(device, copy_method)
@@ -142,7 +144,7 @@ class KVCache(Steps):
         self._process = os.getpid()
         self._workspaces: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.backend_memory: dict[Any, Any] = {}  # what attention backends keep from step to step
-        _open_caches.add(self)
+        closing.OPEN.add(self)
 
     # ---- a step's work ---------------------------------------------------------------------
 
@@ -334,18 +336,23 @@ class KVCache(Steps):
 
         The cache refuses further commands; a second close is nothing. Interpreter exit closes what
         is open. In a forked child it only forgets: the copies are its parent's.
+
+        Raises InvalidState while a graph is captured, and DeviceError if the device refuses to wait
+        for what is under way: the cache then keeps its memory, and may be closed again.
         """
         if self._closed:
             return
         if self._process != os.getpid():
             self._forget()
             return
+        if self.machine.is_capturing():
+            raise InvalidState("a CUDA graph is being captured: close the cache outside of that")
+        if self._transfers is not None:
+            self._transfers.close()
+        self._pool.synchronize()
         try:
-            if self._transfers is not None:
-                self._transfers.close()
             if self._step is not None:
                 self._step.rollback()
-            self._pool.synchronize()
         except ConcurrentUse:  # another thread is inside, and goes on: the cache stays open
             raise
         except BaseException:
@@ -364,6 +371,13 @@ class KVCache(Steps):
         self.machine = Machine()  # which holds nothing
         self._pool = GONE
 
+    def __del__(self) -> None:
+        # The last reference may go, or the collector come, while a graph is captured, say.
+        try:
+            self.close()
+        except KVError:
+            closing.KEPT.append(self)
+
     def __enter__(self) -> KVCache:
         return self
 
@@ -374,18 +388,6 @@ class KVCache(Steps):
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-_open_caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    for cache in list(_open_caches):
-        try:
-            cache.close()
-        except KVError:  # lost, a forked child's, or in use by a thread that ends with us
-            continue
 
 
 def _fraction(fraction: float, machine: Machine) -> int:

@@ -79,6 +79,11 @@ struct Cuda : HeapMemory {
     machine.use_stream(stream);
   }
   Device& device() { return machine; }
+  void fail_copy()
+    requires(kMethod == CopyMethod::loop)
+  {
+    runtime->fail("cudaMemcpyAsync", 2);
+  }
   void check_nothing_else() {
     machine.close();
     CHECK(runtime->machine().violations().empty());

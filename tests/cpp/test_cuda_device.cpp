@@ -54,8 +54,10 @@ TEST_CASE("a call that fails leaves the device usable, whichever it is") {
         w.device->recycle(before);
         w.device->copy(stream, runs);
         const Event end = w.device->record(stream);
-        CHECK(w.device->wait(end) == Status::done);
+        const bool done = w.device->wait(end) == Status::done;
+        const std::string failure = w.device->failure(end);
         w.device->recycle(end);
+        if (!done) throw DeviceError(failure);
       };
       int current = -1;
       static_cast<void>(w.runtime->set_device(1));  // so that the device has to be changed
@@ -76,7 +78,7 @@ TEST_CASE("a call that fails leaves the device usable, whichever it is") {
   }
 }
 
-TEST_CASE("runs that were enqueued before one was refused have ended when the refusal is told") {
+TEST_CASE("a copy of which a part was refused has failed, once the rest of it has ended") {
   CudaWorld w;
   w.device->methods().always(CopyMethod::loop);
   std::byte* const host = w.device->allocate_host(4096);
@@ -84,8 +86,17 @@ TEST_CASE("runs that were enqueued before one was refused have ended when the re
   const Stream stream = w.device->make_stream();
   const std::vector<CopyRun> runs{{host, memory.data(), 1024}, {host + 2048, memory.data(), 1024}};
   w.runtime->fail("cudaMemcpyAsync", kOutOfMemory, 2);
-  CHECK(contains(message([&] { w.device->copy(stream, runs); }), "cudaMemcpyAsync"));
-  CHECK(w.runtime->machine().num_pending() == 0);  // else it would be copied over what comes next
+  w.device->copy(stream, runs);
+  const Event other = w.device->record(w.device->make_stream());
+  const Event end = w.device->record(stream), next = w.device->record(stream);
+  CHECK(w.runtime->machine().num_pending() > 0);
+  CHECK(w.device->poll(end) == Status::pending);  // else the rest would go over what comes next
+  CHECK(w.device->wait(end) == Status::failed);
+  CHECK(host[1023] == std::byte{7});
+  CHECK(contains(w.device->failure(end), "cudaMemcpyAsync"));
+  CHECK(w.device->wait(next) == Status::done);
+  CHECK(w.device->wait(other) == Status::done);
+  for (const Event event : {other, end, next}) w.device->recycle(event);
   w.device->free_host(host, 4096);
   w.check_nothing_left();
 }
@@ -201,11 +212,12 @@ TEST_CASE("host memory is locked where it is used, ahead of that, or not at all"
 
   auto runtime = std::make_shared<SimulatedRuntime>();
   {
-    PinnedMemory ahead(runtime, 0, 10 * 4096 + 1, {.chunk_bytes = 4096});
-    for (int i = 0; i < 10'000 && runtime->num_registered_bytes() < ahead.bytes(); ++i) {
+    constexpr std::size_t kBytes = 10 * 4096 + 1;
+    PinnedMemory ahead(runtime, 0, kBytes, {.chunk_bytes = 4096});
+    for (int i = 0; i < 10'000 && runtime->num_registered_bytes() < kBytes; ++i) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
-    CHECK(runtime->num_registered_bytes() == ahead.bytes());
+    CHECK(runtime->num_registered_bytes() == kBytes);
     ahead.lock_all();
     CHECK(runtime->num_calls("cudaHostRegister") == 11);
   }

@@ -242,6 +242,31 @@ TEST_CASE("close() waits for copies that nobody has recorded") {
   m.device->free_host(host, 4096);
 }
 
+TEST_CASE("what close() cannot wait for is not given back, and the device stays open") {
+  for (const char* function : {"cudaStreamSynchronize", "cudaGetDevice", "a capture"}) {
+    CAPTURE(function);
+    Machine m;
+    const bool captures = std::string(function) == "a capture";
+    std::byte* const host = m.device->allocate_host(4096);
+    const std::vector<std::byte> memory(4096, std::byte{7});
+    const CopyRun run{host, memory.data(), 4096};
+    m.device->copy(m.device->make_stream(), {&run, 1});
+    if (captures) m.runtime->capture(nullptr, true);
+    if (!captures) m.runtime->fail(function, kOutOfMemory);
+    const auto num_allocations = m.runtime->num_allocations();
+    CHECK(contains(message([&] { m.device->close(); }), captures ? "captured" : function));
+    CHECK(m.device->is_open());
+    CHECK(m.runtime->num_allocations() == num_allocations);
+    CHECK(m.runtime->num_registered_bytes() > 0);
+    m.runtime->capture(nullptr, false);
+    m.device->close();
+    CHECK_FALSE(m.device->is_open());
+    CHECK(m.num_pending() == 0);
+    CHECK(m.runtime->num_allocations() == 0);
+    m.device->free_host(host, 4096);
+  }
+}
+
 TEST_CASE("uploads wait for nobody while the ring has room") {
   Machine m({.ring_bytes = 1024});
   for (int i = 0; i < 16; ++i) {
@@ -257,7 +282,7 @@ TEST_CASE("uploads wait for nobody while the ring has room") {
 
 TEST_CASE("a slice that no event guards is not given to anybody before its upload has ended") {
   for (const bool used : {true, false}) {
-    Machine m;
+    Machine m({.ring_bytes = 64});
     m.runtime->fail("cudaEventRecord", kOutOfMemory);
     CHECK_FALSE(message([&] {
                   m.device->ring().upload(
@@ -266,7 +291,14 @@ TEST_CASE("a slice that no event guards is not given to anybody before its uploa
                         if (!used) throw DeviceError("no launch");
                       });
                 }).empty());
-    CHECK(m.num_pending() == 0);
+    CHECK(m.num_pending() > 0);
+    const auto upload = [&] {
+      m.device->ring().upload(
+          nullptr, 64, [&](std::byte*) { CHECK(m.num_pending() == 0); }, [](std::byte*) {});
+    };
+    m.runtime->fail("cudaStreamSynchronize", kOutOfMemory);
+    CHECK(contains(message(upload), "cudaStreamSynchronize"));
+    upload();
     m.device->close();
   }
 }

@@ -308,6 +308,22 @@ TEST_CASE("a pool whose memory is refused leaves nothing behind") {
   }
 }
 
+TEST_CASE("a pool that ends waits for its kernels, or leaves them what they read") {
+  const std::int32_t copies[] = {1, 2, kBlockSize};
+  for (const bool refused : {false, true}) {
+    CAPTURE(refused);
+    World w(0);
+    w.pool->copy_blocks(copies);
+    CHECK(w.runtime->machine().num_pending() > 0);
+    const std::size_t num_allocations = w.runtime->num_allocations();
+    if (refused) w.runtime->fail("cudaStreamSynchronize", 2);
+    w.pool.reset();
+    CHECK((w.runtime->machine().num_pending() > 0) == refused);
+    CHECK(w.runtime->num_allocations() == num_allocations - (refused ? 0 : 1));
+    w.device->close();
+  }
+}
+
 TEST_CASE("a step's arrays on the device are the plan's, whatever happened to the step before") {
   for (std::uint64_t seed = 0; seed < 60; ++seed) {
     CAPTURE(seed);

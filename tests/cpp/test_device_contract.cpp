@@ -269,8 +269,10 @@ TEST_CASE_TEMPLATE("close ends all work, and closes", F, KV_MACHINES) {
       event = device.record(two);
       device.fence(one, event, kSite);
     }
+    CHECK(device.is_open());
     device.close();
     device.close();
+    CHECK_FALSE(device.is_open());
     CHECK(bench.holds(c, 1));
     CHECK_THROWS_AS(device.compute_stream(), DeviceError);
     CHECK_THROWS_AS(device.make_stream(), DeviceError);

@@ -26,7 +26,11 @@ CALLS = [
     "gather_kv",
     "transfer_blocks",
     "update_tables",
+    "cudaGetDevice",
     "cudaSetDevice",
+    "cudaEventSynchronize",
+    "cudaStreamSynchronize",
+    "cudaEventElapsedTime",
 ]
 METHODS = ["loop", "batch", "kernel", "staged"]
 
@@ -227,6 +231,19 @@ def test_while_a_graph_is_captured_nothing_is_moved_or_asked() -> None:
         transfer.wait()
         w.kv.swap_in([a]).wait()
         w.read(a, b)
+        assert w.all_problems() == []
+
+
+def test_a_transfer_whose_time_cannot_be_told_has_succeeded_all_the_same() -> None:
+    with CudaWorld(1, "lazy") as w:
+        a = w.admit([1, 2, 3])
+        w.cuda.fail("cudaEventElapsedTime", 1)
+        out = w.kv.swap_out([a])
+        out.wait()
+        assert out.seconds is None
+        w.overwrite()
+        w.kv.swap_in([a]).wait()
+        w.read(a)
         assert w.all_problems() == []
 
 
