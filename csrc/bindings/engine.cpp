@@ -105,6 +105,9 @@ void bind_engine_class(py::module_& m) {
           "follow", [](PyEngine& self) { enter(self, [](TransferEngine& e) { e.follow(); }); },
           "Make the caller's stream continue the one that he was on before.")
       .def(
+          "has_moved", [](const PyEngine& self) { return self.engine->has_moved(); },
+          "False if follow() has nothing to do.")
+      .def(
           "poll", &poll, py::arg("told"),
           "Append what has ended since: (id, why it failed or None, seconds that its copies took).")
       .def(

@@ -56,6 +56,7 @@ class CudaDevice final : public Device {
 
   bool is_capturing(CudaStream stream);  // of the caller's, into a graph
   Stream compute_stream() override;
+  bool is_on(Stream stream) const override { return is_open() && cuda(stream) == stream_; }
   Stream make_stream() override;
   void prepare_memory(std::span<const CopyRun> runs) override;
   void copy(Stream stream, std::span<const CopyRun> runs) override;

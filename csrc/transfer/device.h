@@ -63,6 +63,8 @@ class Device {
 
   // The stream that the caller's own work is queued on now: ask at every call.
   virtual Stream compute_stream() = 0;
+  // Whether it is known to be this one, without a question to the machine.
+  virtual bool is_on(Stream) const { return false; }
   // A stream for copies, the device's own, until close().
   virtual Stream make_stream() = 0;
 

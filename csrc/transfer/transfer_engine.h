@@ -61,8 +61,10 @@ class TransferEngine {
   // the stream that it used before. A DeviceError means that it does not, so do not queue the step.
   void step(std::span<const TransferId> wait_for);
   // Within a step, before more of its work is queued: on another stream than before, it continues
-  // what was queued there.
+  // what was queued there. Each layer asks for it, so has_moved() says, at no cost, whether the
+  // stream may be another one.
   void follow();
+  bool has_moved() const { return !has_compute_ || !device_->is_on(compute_); }
   std::vector<Ended> poll();
   void wait(TransferId id);    // until it has ended, which poll() tells
   bool cancel(TransferId id);  // false: its copies have begun, or ended

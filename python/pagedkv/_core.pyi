@@ -418,6 +418,8 @@ class TransferEngine(_Object):
         """Make the caller's stream wait for what a step has to wait for. Raises DeviceError."""
     def follow(self) -> None:
         """Make the caller's stream continue the one that he was on before. Raises DeviceError."""
+    def has_moved(self) -> bool:
+        """False if follow() has nothing to do."""
     def poll(self, told: list[tuple[int, str | None, float]]) -> None:
         """Append what has ended since: (id, why it failed or None, seconds that its copies took).
 

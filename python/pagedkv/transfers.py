@@ -186,7 +186,7 @@ class Transfers:
 
     def follow(self) -> None:
         """Within a step: the stream that the caller is on now continues the one before."""
-        if self._machine.follow() and not self._machine.is_capturing():
+        if self._machine.follow() and self.engine.has_moved() and not self._machine.is_capturing():
             self.engine.follow()
 
     def _submit(self) -> Transfer:

@@ -234,6 +234,18 @@ def test_while_a_graph_is_captured_nothing_is_moved_or_asked() -> None:
         assert w.all_problems() == []
 
 
+def test_each_write_of_a_step_asks_cuda_for_no_more_than_its_launch() -> None:
+    with CudaWorld(1, "lazy") as w:
+        a = w.create([])
+        with w.kv.step([a], [7]) as step:
+            names = ("cudaGetDevice", "cudaStreamIsCapturing", "scatter_kv")
+            w.write(step, [b"\0" * 64])
+            before = [w.cuda.num_calls(name) for name in names]
+            w.write(step, [b"\0" * 64])
+            calls = [w.cuda.num_calls(name) - n for name, n in zip(names, before, strict=True)]
+            assert calls == [2, 0, 2]  # of two layers
+
+
 def test_a_transfer_whose_time_cannot_be_told_has_succeeded_all_the_same() -> None:
     with CudaWorld(1, "lazy") as w:
         a = w.admit([1, 2, 3])
