@@ -1,5 +1,6 @@
 // Floats of 8 bits, rounded to nearest even, the same bits on the GPU and on the CPU. What is too
-// large, infinity too, becomes the largest finite value. NaN is 0x7f.
+// large, infinity too, becomes the largest finite value. NaN is 0x7f, whatever its sign, which
+// torch's conversion keeps.
 #pragma once
 
 #include <cstdint>

@@ -153,8 +153,7 @@ std::size_t StepMemory::place_arrays(const StepPlan& plan) {
     // Zeros where nobody gave any: a captured graph reads the same address.
     put(Array::input_ids, plan.input_ids, plan.has_tokens ? tokens : 0, at.input_ids);
   }
-  const std::size_t cells = batch * static_cast<std::size_t>(plan.table_stride);
-  place(Array::block_tables, plan.block_tables, tables(), cells * sizeof(BlockId));
+  place(Array::block_tables, nullptr, tables(), 0);  // which are updated where they are
   return with_tokens ? at.end : at.input_ids;
 }
 
@@ -163,7 +162,7 @@ void StepMemory::fill_arrays(const StepPlan& plan, std::byte* host, std::size_t 
   std::fill_n(reinterpret_cast<std::int32_t*>(host), shape_.max_batch + 1,  // query_starts
               static_cast<std::int32_t>(plan.num_tokens));
   for (const Placed& array : arrays_) {
-    if (array.bytes == 0 || array.device == tables()) continue;
+    if (array.bytes == 0) continue;
     std::memcpy(host + (array.device - memory_) - table_bytes(shape_), array.host, array.bytes);
   }
 }

@@ -20,7 +20,7 @@ def is_fp8(dtype: torch.dtype) -> bool:
 def to_fp8(values: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """`values` / `scale` in `dtype`; what is too large becomes its largest value, NaN stays NaN.
 
-    On the CPU the bits are those of the CUDA kernel's conversion.
+    On the CPU the bits are those of the CUDA kernel's conversion, but for the sign of NaN.
     """
     largest = torch.finfo(dtype).max
     wide = values.float()
