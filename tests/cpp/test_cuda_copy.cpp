@@ -181,6 +181,18 @@ TEST_CASE("calibration tries every method in both directions, and gives everythi
   }
 }
 
+TEST_CASE("a measurement that breaks off and cannot be waited for keeps its memory") {
+  CudaWorld w;
+  w.runtime->fail("cudaMemcpyAsync", kOutOfMemory, 2);
+  w.runtime->fail("cudaStreamSynchronize", kOutOfMemory);
+  const auto num_allocations = w.runtime->num_allocations();
+  CHECK(contains(message([&] { w.device->calibrate(); }), "cudaMemcpyAsync"));
+  CHECK(w.runtime->machine().num_pending() > 0);
+  CHECK(w.runtime->num_allocations() > num_allocations);
+  w.device->close();
+  CHECK(w.runtime->machine().num_pending() == 0);
+}
+
 TEST_CASE("a method that is refused, or cannot reach the memory, is not chosen") {
   CudaWorld w(Schedule::eager);
   w.runtime->fail("cudaMemcpyBatchAsync", 801);

@@ -267,6 +267,19 @@ TEST_CASE("what close() cannot wait for is not given back, and the device stays 
   }
 }
 
+TEST_CASE("a device that ends and cannot wait leaves the memory to what is under way") {
+  Machine m;
+  std::byte* const host = m.device->allocate_host(4096);
+  const std::vector<std::byte> memory(4096, std::byte{7});
+  const CopyRun run{host, memory.data(), 4096};
+  m.device->copy(m.device->make_stream(), {&run, 1});
+  m.runtime->fail("cudaStreamSynchronize", kOutOfMemory);
+  m.device.reset();
+  CHECK(m.num_pending() > 0);
+  m.runtime->machine().close();
+  CHECK(std::ranges::equal(memory, std::span(host, 4096)));
+}
+
 TEST_CASE("uploads wait for nobody while the ring has room") {
   Machine m({.ring_bytes = 1024});
   for (int i = 0; i < 16; ++i) {
