@@ -351,8 +351,7 @@ class KVCache(Steps):
             self._transfers.close()
         self._pool.synchronize()
         try:
-            if self._step is not None:
-                self._step.rollback()
+            self.rollback()
         except ConcurrentUse:  # another thread is inside, and goes on: the cache stays open
             raise
         except BaseException:

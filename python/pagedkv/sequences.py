@@ -21,8 +21,6 @@ __all__ = ["Sequences"]
 class Sequences:
     """The manager's commands, and transfers between its tiers. `KVCache` adds tensors and steps."""
 
-    _transfers: Transfers | None = None
-
     def __init__(
         self, spec: KVSpec, manager: BlockManager, prefill_rate: float | None, cost_model: CostModel
     ) -> None:
@@ -34,13 +32,9 @@ class Sequences:
         self.manager = manager
         self.prefill_rate = prefill_rate
         self.cost_model = cost_model
+        self._transfers: Transfers | None = None
         self._left: list[int] = []  # sequences to release when no step is open
         self._closed = False
-
-    def __del__(self) -> None:
-        """Else what transfers under way know, all of it, would wait for the garbage collector."""
-        if self._transfers is not None:
-            self._transfers.forget()
 
     def __reduce__(self) -> NoReturn:
         """Copies, too, would share the memory, and not know what the other does with it."""
