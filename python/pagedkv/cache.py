@@ -375,7 +375,10 @@ class KVCache(Steps):
         try:
             self.close()
         except KVError:
-            closing.KEPT.append(self)
+            pass
+        finally:  # of an interrupt, too
+            if not self._closed:
+                closing.KEPT.append(self)
 
     def __enter__(self) -> KVCache:
         return self

@@ -5,6 +5,7 @@ Each command is run again and again, with the interrupt one line further on each
 
 from __future__ import annotations
 
+import gc
 import pickle
 import sys
 from collections.abc import Callable, Iterator
@@ -35,7 +36,8 @@ OTHERS: list[int] = []  # sequences that a command below makes for itself
 class Interrupt:
     """Raises KeyboardInterrupt before the n-th line of pagedkv that is run.
 
-    Not where Python has none come: between the end of a `with` block and its __exit__.
+    Not where Python has none come: between the end of a `with` block and its __exit__. Nor while
+    the collector finalizes older caches, where Python would lose it.
     """
 
     def __init__(self, n: int) -> None:
@@ -57,6 +59,7 @@ class Interrupt:
     def run(self, work: Callable[[], object]) -> bool:
         """Whether the interrupt came before `work` had ended."""
         before = sys.gettrace()
+        gc.disable()
         sys.settrace(self)
         try:
             work()
@@ -64,6 +67,7 @@ class Interrupt:
             pass
         finally:
             sys.settrace(before)
+            gc.enable()
         return self.left == 0
 
 
