@@ -18,6 +18,7 @@ from pagedkv.tables import address
 
 if TYPE_CHECKING:
     from pagedkv.cache import KVCache
+    from pagedkv.spec import LayerSpec
     from pagedkv.step import Step
 
 __all__ = ["BACKENDS", "attend"]
@@ -66,30 +67,12 @@ def attend(
         InvalidSpec: q is not floats [T, Hq, k_dim], or asks for a gradient, an option is out of
             range, or the backend is not installed or cannot do this: the message says which can.
     """
-    if not isinstance(q, torch.Tensor) or not q.is_floating_point():
-        raise InvalidSpec(f"q is {getattr(q, 'dtype', type(q))}, expected a tensor of floats")
-    shape, spec = q.shape, kv.spec.layers[layer]
-    if len(shape) != 3 or shape[0] != step.num_tokens or shape[2] != spec.k_dim:
-        raise InvalidSpec(
-            f"q is {list(shape)}, expected [{step.num_tokens}, query heads, {spec.k_dim}]"
-        )
-    num_heads = shape[1]
-    if not num_heads or num_heads % spec.num_kv_heads:
-        raise InvalidSpec(
-            f"q has {num_heads} heads, expected a multiple of {spec.num_kv_heads} KV heads"
-        )
-    if q.device != kv.device:
-        raise InvalidSpec(f"q is on {q.device}, expected {kv.device}")
+    spec = kv.spec.layers[layer]
+    num_heads = _check_queries(kv, spec, q, step)
     if softcap is not None and not softcap > 0:
         raise InvalidSpec(f"softcap is {softcap}, expected a number over 0, or None")
     if window is not None and (not isinstance(window, (int, np.integer)) or window < 1):
         raise InvalidSpec(f"window is {window}, expected 1 token or more, or None")
-    if q.requires_grad and torch.is_grad_enabled():
-        raise InvalidSpec(
-            "q requires a gradient, and a cache keeps K and V without: call attention under "
-            "torch.no_grad()"
-        )
-    address(q, "q")
     window = spec.window if window is None else window
     firsts = None
     if attn_mask is not None:
@@ -105,6 +88,30 @@ def attend(
     call = Call(layer, q, scale, softcap, window, attn_mask, firsts)
     out = _choose(kv, call, step, backend).attend(kv, call, step)
     return out if v_scale == 1 else out.mul_(v_scale)
+
+
+def _check_queries(kv: KVCache, spec: LayerSpec, q: torch.Tensor, step: Step) -> int:
+    """Returns how many heads there are."""
+    if not isinstance(q, torch.Tensor) or not q.is_floating_point():
+        raise InvalidSpec(f"q is {getattr(q, 'dtype', type(q))}, expected a tensor of floats")
+    shape = q.shape
+    if len(shape) != 3 or shape[0] != step.num_tokens or shape[2] != spec.k_dim:
+        raise InvalidSpec(
+            f"q is {list(shape)}, expected [{step.num_tokens}, query heads, {spec.k_dim}]"
+        )
+    if not shape[1] or shape[1] % spec.num_kv_heads:
+        raise InvalidSpec(
+            f"q has {shape[1]} heads, expected a multiple of {spec.num_kv_heads} KV heads"
+        )
+    if q.device != kv.device:
+        raise InvalidSpec(f"q is on {q.device}, expected {kv.device}")
+    if q.requires_grad and torch.is_grad_enabled():
+        raise InvalidSpec(
+            "q requires a gradient, and a cache keeps K and V without: call attention under "
+            "torch.no_grad()"
+        )
+    address(q, "q")
+    return shape[1]
 
 
 def _look_at(mask: torch.Tensor, num_heads: int, step: Step) -> torch.Tensor | None:
