@@ -47,8 +47,8 @@ class Step:
 
     A context manager: leaving it commits, an exception rolls back. T is the number of new tokens,
     B the batch. `plan` is the StepPlan behind it; the tensors are on the cache's device, to be read
-    only: block tables are kept up to date where they are. Who has a step alone has
-    no cache, whose memory is large: once that is gone, the step is closed, and says so.
+    only: block tables are kept up to date where they are. Who has a step alone has no cache, whose
+    memory is large: once that is gone, the step is closed, and says so.
 
     Attributes:
         is_applied: whether the plan is another manager's, which KVCache.apply() carries out: then
