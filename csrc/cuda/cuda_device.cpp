@@ -7,6 +7,7 @@
 
 #include "core/check.h"
 #include "cuda/cuda_error.h"
+#include "cuda/keep.h"
 
 namespace pagedkv {
 
@@ -46,9 +47,9 @@ CudaDevice::~CudaDevice() {
   }
   if (closed_) return;
   // It is the parent's, or may be in use.
-  for (auto& memory : host_) static_cast<void>(memory.release());
-  static_cast<void>(ring_.release());
-  static_cast<void>(transfer_ring_.release());
+  for (auto& memory : host_) keep_for_good(std::move(memory));
+  keep_for_good(std::move(ring_));
+  keep_for_good(std::move(transfer_ring_));
 }
 
 void CudaDevice::check(int code, const char* call) {

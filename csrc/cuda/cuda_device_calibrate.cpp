@@ -5,6 +5,7 @@
 
 #include "cuda/cuda_device.h"
 #include "cuda/cuda_error.h"
+#include "cuda/keep.h"
 
 namespace pagedkv {
 
@@ -77,7 +78,7 @@ void CudaDevice::calibrate() {
       give_back();
     } else {  // copies may be under way: the stream is waited for at the end, its memory stays
       streams_.push_back(stream);
-      static_cast<void>(host.release());
+      keep_for_good(std::move(host));
     }
     throw;
   }
