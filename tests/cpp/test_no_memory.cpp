@@ -40,6 +40,8 @@ bool succeeds_without(long k, F&& call) {
 
 }  // namespace
 
+// GCC warns where it inlines one of a pair alone.
+#pragma GCC diagnostic ignored "-Wmismatched-new-delete"
 void* operator new(std::size_t n) { return allocate(n, alignof(std::max_align_t)); }
 void* operator new(std::size_t n, std::align_val_t alignment) {
   return allocate(n, static_cast<std::size_t>(alignment));
