@@ -101,10 +101,14 @@ class Sequences:
         self._left.extend(ids)
 
     def _release_left(self) -> None:
-        while self._left:
-            with suppress(UnknownSequence):
-                self.manager.release(self._left[:1])
-            del self._left[0]
+        left = self._left[:]  # more may come meanwhile, behind them
+        try:
+            self.manager.release(left)
+        except UnknownSequence:  # one was released, or an interrupt came before it was forgotten
+            for i in left:
+                with suppress(UnknownSequence):
+                    self.manager.release([i])
+        del self._left[: len(left)]
 
     def clear(self, salt: bytes | str | None = None) -> None:
         """No cached block of this salt (default: of any) is a hit any more."""

@@ -44,7 +44,7 @@ def refusal(kv: KVCache, call: Call) -> str | None:
 
 def is_faster(kv: KVCache, call: Call, step: Step) -> bool:
     """Than gathering all, where it can: it was with the kernel, and from two runs of blocks on."""
-    if call.attn_mask is not None and call.firsts is None:
+    if refusal(kv, call) is not None:
         return False
     if takes(kv, call) and step.kept("one new token", lambda: _has_one_new_token(step)):
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,6 @@ from pagedkv.errors import (
     InvalidState,
     NotResident,
     TransferError,
-    UnknownSequence,
 )
 from pagedkv.spec import DTYPE_BYTES
 from pagedkv.step import Step
@@ -225,13 +223,9 @@ class Rows:
     def _release_unused(self) -> None:
         if not self._unused:
             return
-        try:
-            self.kv.release(self._unused)
-        except UnknownSequence:  # an interrupt came between, and they are gone
-            for row in self._unused:
-                with suppress(UnknownSequence):
-                    self.kv.release([row])
+        self.kv.release_later(self._unused)
         self._unused = []
+        self.kv.release(_NONE)  # and those
 
     # -- rows ------------------------------------------------------------------------------------
 
