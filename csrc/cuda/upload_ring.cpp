@@ -46,7 +46,11 @@ void UploadRing::retire(bool wait) {
   if (!known || device_.poll(oldest.until) == Status::pending) {
     if (!wait) return;
     ++num_waits_;
-    known ? static_cast<void>(device_.wait(oldest.until)) : device_.synchronize(oldest.stream);
+    if (known) {
+      device_.wait(oldest.until);
+    } else {
+      device_.synchronize(oldest.stream);
+    }
   }
   if (known) device_.recycle(oldest.until);
   in_use_.pop_front();

@@ -42,6 +42,18 @@ struct Machine {
   std::shared_ptr<CudaDevice> device;
 };
 
+// Into host memory, under way on a stream that nobody else knows.
+struct UnrecordedCopy {
+  explicit UnrecordedCopy(CudaDevice& device) : host(device.allocate_host(4096)) {
+    const CopyRun run{host, memory.data(), memory.size()};
+    device.copy(device.make_stream(), {&run, 1});
+  }
+  bool has_landed() const { return std::ranges::equal(memory, std::span(host, memory.size())); }
+
+  const std::vector<std::byte> memory = std::vector<std::byte>(4096, std::byte{7});
+  std::byte* const host;
+};
+
 }  // namespace
 
 TEST_CASE("a copy over the end of a chunk becomes one for each: CUDA refuses it whole") {
@@ -233,13 +245,10 @@ TEST_CASE("close() waits for work on streams that the caller has left, too") {
 
 TEST_CASE("close() waits for copies that nobody has recorded") {
   Machine m;
-  std::byte* const host = m.device->allocate_host(4096);
-  const std::vector<std::byte> memory(4096, std::byte{7});
-  const CopyRun run{host, memory.data(), 4096};
-  m.device->copy(m.device->make_stream(), {&run, 1});
+  const UnrecordedCopy copy(*m.device);
   m.device->close();
-  CHECK(std::ranges::equal(memory, std::span(host, 4096)));
-  m.device->free_host(host, 4096);
+  CHECK(copy.has_landed());
+  m.device->free_host(copy.host, 4096);
 }
 
 TEST_CASE("what close() cannot wait for is not given back, and the device stays open") {
@@ -247,10 +256,7 @@ TEST_CASE("what close() cannot wait for is not given back, and the device stays 
     CAPTURE(function);
     Machine m;
     const bool captures = std::string(function) == "a capture";
-    std::byte* const host = m.device->allocate_host(4096);
-    const std::vector<std::byte> memory(4096, std::byte{7});
-    const CopyRun run{host, memory.data(), 4096};
-    m.device->copy(m.device->make_stream(), {&run, 1});
+    const UnrecordedCopy copy(*m.device);
     if (captures) m.runtime->capture(nullptr, true);
     if (!captures) m.runtime->fail(function, kOutOfMemory);
     const auto num_allocations = m.runtime->num_allocations();
@@ -263,21 +269,18 @@ TEST_CASE("what close() cannot wait for is not given back, and the device stays 
     CHECK_FALSE(m.device->is_open());
     CHECK(m.num_pending() == 0);
     CHECK(m.runtime->num_allocations() == 0);
-    m.device->free_host(host, 4096);
+    m.device->free_host(copy.host, 4096);
   }
 }
 
 TEST_CASE("a device that ends and cannot wait leaves the memory to what is under way") {
   Machine m;
-  std::byte* const host = m.device->allocate_host(4096);
-  const std::vector<std::byte> memory(4096, std::byte{7});
-  const CopyRun run{host, memory.data(), 4096};
-  m.device->copy(m.device->make_stream(), {&run, 1});
+  const UnrecordedCopy copy(*m.device);
   m.runtime->fail("cudaStreamSynchronize", kOutOfMemory);
   m.device.reset();
   CHECK(m.num_pending() > 0);
   m.runtime->machine().close();
-  CHECK(std::ranges::equal(memory, std::span(host, 4096)));
+  CHECK(copy.has_landed());
 }
 
 TEST_CASE("uploads wait for nobody while the ring has room") {
