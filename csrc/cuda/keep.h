@@ -12,10 +12,10 @@ namespace pagedkv {
 // It stays reachable, so that who looks for leaks sees that this is none.
 template <class T>
 void keep_for_good(std::unique_ptr<T> memory) noexcept {
-  static auto& kept = *new std::vector<std::unique_ptr<T>>;  // which no exit destroys
   static std::mutex mutex;
-  const std::lock_guard lock(mutex);
   try {
+    static auto& kept = *new std::vector<std::unique_ptr<T>>;  // which no exit destroys
+    const std::lock_guard lock(mutex);
     kept.push_back(std::move(memory));
   } catch (const std::bad_alloc&) {
     static_cast<void>(memory.release());
