@@ -2,9 +2,11 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "bindings/module.h"
 #include "core/block_manager.h"
@@ -23,10 +25,25 @@ struct Field {
 template <class T, class M>
 Field(const char*, M T::*) -> Field<T, M>;
 
+// A pickle is the call that makes the value, of all its fields.
+template <class T, class... M>
+void make_picklable(py::class_<T>& cls, Field<T, M>... fields) {
+  cls.def(py::init([fields...](M... values) {
+    T value;
+    ((value.*fields.member = std::move(values)), ...);
+    return value;
+  }));
+  cls.def("__reduce__", [fields...](const py::object& self) {
+    const T& value = self.cast<const T&>();
+    return py::make_tuple(py::type::of(self), py::make_tuple(value.*fields.member...));
+  });
+}
+
 // A class with read-only fields that compares, hashes and prints as the tuple of them.
 template <class T, class... M>
 void bind_value(py::module_& m, const char* name, const char* doc, Field<T, M>... fields) {
   py::class_<T> cls(m, name, py::is_final(), doc);
+  make_picklable(cls, fields...);
   (cls.def_readonly(fields.name, fields.member), ...);
   const auto key = [fields...](const T& value) { return py::make_tuple(value.*fields.member...); };
   cls.def("__eq__", [key](const T& a, const py::object& b) -> py::object {
@@ -46,7 +63,20 @@ void bind_value(py::module_& m, const char* name, const char* doc, Field<T, M>..
 
 template <class T>
 py::array_t<T> array_of(const std::vector<T>& values) {
-  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+  py::array_t<T> array(static_cast<py::ssize_t>(values.size()));
+  std::copy(values.begin(), values.end(), array.mutable_data());
+  return array;
+}
+
+// A class whose fields are vectors, read as arrays.
+template <class T, class... E>
+void bind_arrays(py::module_& m, const char* name, const char* doc,
+                 Field<T, std::vector<E>>... fields) {
+  py::class_<T> cls(m, name, py::is_final(), doc);
+  make_picklable(cls, fields...);
+  (cls.def_property_readonly(fields.name,
+                             [fields](const T& value) { return array_of(value.*fields.member); }),
+   ...);
 }
 
 }  // namespace
@@ -75,24 +105,15 @@ void bind_values(py::module_& m) {
       Field{"num_transfers", &Stats::num_transfers},
       Field{"metadata_bytes", &Stats::metadata_bytes});
 
-  py::class_<Snapshot> snapshot(m, "Snapshot", py::is_final(),
-                                "The block tree at one moment, parents before children.");
-  const auto array = [&snapshot](const char* name, auto member) {
-    snapshot.def_property_readonly(name,
-                                   [member](const Snapshot& s) { return array_of(s.*member); });
-  };
-  array("parents", &Snapshot::parents);
-  array("blocks", &Snapshot::blocks);
-  array("num_tokens", &Snapshot::num_tokens);
-  array("counts", &Snapshot::counts);
-  array("host_blocks", &Snapshot::host_blocks);
-  array("host_counts", &Snapshot::host_counts);
-  array("sequence_ids", &Snapshot::sequence_ids);
-  array("sequence_nodes", &Snapshot::sequence_nodes);
-  array("sequence_lengths", &Snapshot::sequence_lengths);
-  array("sequence_tiers", &Snapshot::sequence_tiers);
-  snapshot.def_property_readonly(
-      "published", [](const Snapshot& s) { return array_of(s.published).attr("astype")("bool"); });
+  bind_arrays(
+      m, "Snapshot", "The block tree at one moment, parents before children.",
+      Field{"parents", &Snapshot::parents}, Field{"blocks", &Snapshot::blocks},
+      Field{"num_tokens", &Snapshot::num_tokens}, Field{"counts", &Snapshot::counts},
+      Field{"published", &Snapshot::published}, Field{"host_blocks", &Snapshot::host_blocks},
+      Field{"host_counts", &Snapshot::host_counts}, Field{"sequence_ids", &Snapshot::sequence_ids},
+      Field{"sequence_nodes", &Snapshot::sequence_nodes},
+      Field{"sequence_lengths", &Snapshot::sequence_lengths},
+      Field{"sequence_tiers", &Snapshot::sequence_tiers});
 }
 
 }  // namespace pagedkv

@@ -43,7 +43,7 @@ struct Snapshot {
   std::vector<std::int32_t> counts;
   std::vector<std::int32_t> host_blocks;
   std::vector<std::int32_t> host_counts;
-  std::vector<std::uint8_t> published;
+  std::vector<bool> published;
   std::vector<std::int64_t> sequence_ids;
   std::vector<std::int32_t> sequence_nodes;  // -1: empty
   std::vector<std::int64_t> sequence_lengths;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -54,3 +55,24 @@ def test_arrays_that_travel_apart_may_arrive_in_read_only_memory() -> None:
     again = pickle.loads(data, buffers=[bytes(part) for part in parts])
     assert again == plan
     assert again.block_tables.flags.writeable
+
+
+def test_what_a_scheduler_reports_travels() -> None:
+    manager = pk.BlockManager(20, block_size=4, num_host_blocks=5)
+    tokens = np.arange(9)
+    ids = [manager.create(tokens, salt="a"), manager.create(tokens)]
+    manager.commit(manager.append(ids[1:], tokens, counts=[9]))
+    manager.complete(manager.swap_out(ids[1:]).id)
+    stats, hit = manager.stats(), manager.lookup(tokens)
+    assert stats.host.num_active == 3
+    assert pickle.loads(pickle.dumps(stats)) == copy.deepcopy(stats) == stats
+    assert pickle.loads(pickle.dumps(hit)) == hit
+    snapshot = manager.snapshot()
+    again = pickle.loads(pickle.dumps(snapshot))
+    names = [name for name in dir(snapshot) if not name.startswith("_")]
+    assert "published" in names
+    for name in names:
+        before, after = getattr(snapshot, name), getattr(again, name)
+        assert after.dtype == before.dtype
+        assert after.tolist() == before.tolist()
+    assert snapshot.published.tolist() == [True, True, False]
