@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from pagedkv import ops
+from pagedkv.attention.call import check_rule, keys_and_values, scale_of
 from pagedkv.attention.gather import dense
 from pagedkv.config import check_int
 from pagedkv.errors import InvalidSpec, InvalidState
@@ -59,20 +60,21 @@ class Padded(NamedTuple):
     ) -> torch.Tensor:  # fmt: skip
         """Each row's query [n, Hq, k_dim] over its tokens, [n, Hq, v_dim]; rows of padding are 0.
 
-        Sliding layers see their window.
+        Sliding layers see their window. Of latent layers see `KVCache.attention`.
         """
         spec = self.kv.spec.layers[layer]
-        k, v = ops.gather(
+        check_rule(spec, None)
+        kept = ops.gather(
             self.kv.k(layer), self.kv.v(layer), self.block_tables, self.seq_lens, self.width
         )
+        k, v = keys_and_values(spec, kept)
         places, lens = torch.arange(self.width, device=q.device), self.seq_lens[:, None]
         visible = places < lens
         if spec.window is not None:
             visible &= places >= lens - spec.window
         empty = lens == 0  # which would see nothing: a softmax over that is NaN
         mask = (visible | empty)[:, None, None]
-        scale = spec.k_dim**-0.5 if scale is None else scale
-        found = dense(q[:, :, None], k, v, scale, softcap, mask)
+        found = dense(q[:, :, None], k, v, scale_of(spec, scale), softcap, mask)
         return found.squeeze(2).masked_fill(empty[..., None], 0)
 
 

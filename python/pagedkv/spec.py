@@ -32,17 +32,18 @@ class LayerSpec:
 
         LayerSpec("full", 8, 128, 128, "bfloat16")
         LayerSpec("sliding", 8, 128, 128, "bfloat16", window=4096)
-        LayerSpec("latent", 1, 576, 0, "bfloat16")             # kv_lora_rank + rope dim, V is in it
+        LayerSpec("latent", 1, 512, 64, "bfloat16")            # kv_lora_rank, qk_rope_head_dim
         LayerSpec("state", 0, 0, 0, "bfloat16", state_bytes=311_296)
 
     Attributes:
         kind: "full" attention; "sliding", of which tokens older than `window` are masked;
             "chunked", of which tokens before the last multiple of `window` are; "latent", which
-            keeps one vector per token and makes K and V of it; "state", which keeps the same bytes
-            for a sequence of any length: a recurrent layer, or with `state_bytes` 0 one that keeps
-            nothing.
+            keeps one vector per token, of which K and V are made, and beside it the part of K that
+            turns with the position; "state", which keeps the same bytes for a sequence of any
+            length: a recurrent layer, or with `state_bytes` 0 one that keeps nothing.
         num_kv_heads: heads of K and of V.
-        k_dim, v_dim: elements of one head of K and of V.
+        k_dim, v_dim: elements of one head of K and of V; of a latent layer those of its vector, and
+            of the part beside it.
         dtype: storage type, one of DTYPE_BYTES.
         window: tokens that a sliding or chunked layer sees, None for all others.
         state_bytes: bytes per sequence that do not grow, beside K and V or instead of them.
@@ -60,10 +61,9 @@ class LayerSpec:
         if self.kind not in _KINDS:
             raise InvalidSpec(f"kind is {self.kind!r}, expected one of {', '.join(_KINDS)}")
         for name in ("num_kv_heads", "k_dim", "v_dim"):
-            empty = self.kind == "state" or (self.kind, name) == ("latent", "v_dim")
-            value = _check(name, getattr(self, name), 0 if empty else 1)
-            if empty and value:
-                raise InvalidSpec(f"{name} is {value} in a {self.kind} layer, expected 0")
+            value = _check(name, getattr(self, name), 0 if self.kind == "state" else 1)
+            if self.kind == "state" and value:
+                raise InvalidSpec(f"{name} is {value} in a state layer, expected 0")
         if self.dtype not in DTYPE_BYTES:
             raise InvalidSpec(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")
         if (self.window is None) == (self.kind in ("sliding", "chunked")):
@@ -86,6 +86,16 @@ class LayerSpec:
     def token_bytes(self) -> int:
         """Bytes of one token: k_bytes + v_bytes."""
         return self.k_bytes + self.v_bytes
+
+    @cached_property
+    def query_dim(self) -> int:
+        """Elements of a head's query: k_dim. To a latent layer, whose keys are all of it, both."""
+        return self.k_dim + self.v_dim if self.kind == "latent" else self.k_dim
+
+    @cached_property
+    def output_dim(self) -> int:
+        """Elements of what attention gives a head: v_dim. Of a latent layer its vector's, k_dim."""
+        return self.k_dim if self.kind == "latent" else self.v_dim
 
     def shard(self, tp: int) -> LayerSpec:
         """What one of `tp` GPUs keeps: its heads, or one where there are fewer than GPUs.
@@ -167,14 +177,14 @@ class KVSpec:
     def require_kv(self) -> None:
         """Raise InvalidSpec, naming the layer, if KVCache cannot hold one of the layers yet.
 
-        It holds K and V of every token: sliding layers in full.
+        It holds what there is of every token: sliding and chunked layers in full.
         """
         for i, layer in enumerate(self.layers):
-            if layer.kind not in ("full", "sliding") or layer.state_bytes:
-                kind = layer.kind if layer.kind not in ("full", "sliding") else "hybrid"
+            if layer.kind == "state" or layer.state_bytes:
+                kind = "state" if layer.kind == "state" else "hybrid"
                 raise InvalidSpec(
-                    f"layer {i} is of kind {kind!r}, which KVCache cannot hold yet, expected full "
-                    "or sliding"
+                    f"layer {i} is of kind {kind!r}, which KVCache cannot hold yet, expected one "
+                    "without recurrent state"
                 )
 
     @property
@@ -235,8 +245,8 @@ def _layer(model: ModelConfig, kind: str, dtype: str, state_dtype: str) -> Layer
         raise InvalidSpec(f"dtype is {state_dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")
     state = state_elements(model, kind) * DTYPE_BYTES[state_dtype]
     if kind == "latent":
-        dim = model.number("kv_lora_rank") + model.number("qk_rope_head_dim")
-        return LayerSpec("latent", 1, dim, 0, dtype)
+        rank, turned = model.number("kv_lora_rank"), model.number("qk_rope_head_dim")
+        return LayerSpec("latent", 1, rank, turned, dtype)
     if kind in ("full", "hybrid"):
         heads, dim = model.num_kv_heads, model.head_dim
         return LayerSpec("full", heads, dim, dim, dtype, None, state)

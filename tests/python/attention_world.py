@@ -62,7 +62,7 @@ class AttentionWorld:
         layer, total = self.kv.spec.layers[0], sum(counts)
         k = self.randn(total, layer.num_kv_heads, layer.k_dim)
         v = self.randn(total, layer.num_kv_heads, layer.v_dim)
-        q = self.randn(total, self.query_heads, layer.k_dim)
+        q = self.randn(total, self.query_heads, layer.query_dim)
         with self.kv.step(np.array(ids), counts=np.array(counts)) as step:
             self.kv.write(0, k, v, step)
             return q, attend(q, step)
@@ -79,8 +79,11 @@ class AttentionWorld:
         self, ids: Any, counts: Sequence[int], q: torch.Tensor, **options: Any
     ) -> torch.Tensor:
         rows = q.split(list(counts))
+        kept = [self.stored(int(i)) for i in ids]
+        if self.kv.spec.layers[0].kind == "latent":
+            kept = [[torch.cat((latent, turned), -1), latent] for latent, turned in kept]
         return torch.cat(
-            [dense(new, *self.stored(int(i)), **options) for i, new in zip(ids, rows, strict=True)]
+            [dense(new, k, v, **options) for (k, v), new in zip(kept, rows, strict=True)]
         )
 
     def check(self, backend: str, ids: Any, counts: Sequence[int], **options: Any) -> None:

@@ -44,10 +44,11 @@ def world(
     dtype: str = "float32",
     layout: Any = "layer_major",
     seed: int = 0,
+    kind: Any = "full",
     **options: Any,
 ) -> Iterator[AttentionWorld]:
     """`heads` of queries and of K and V, `dims` of K and of V."""
-    layer = pk.LayerSpec("full", heads[1], *dims, dtype)
+    layer = pk.LayerSpec(kind, heads[1], *dims, dtype)
     spec = pk.KVSpec(layers=[layer, replace(layer)], block_size=4)
     computed = "bfloat16" if dtype.startswith("float8") else dtype
     with pk.KVCache(spec, num_device_blocks=120, layout=layout, **options) as kv:
@@ -86,24 +87,25 @@ def test_heads_in_groups_and_values_of_another_size(
         mixed(w, backend)
 
 
-@pytest.mark.parametrize("backend", HERE)
-def test_one_key_head_that_is_longer_than_its_values_as_absorbed_latent_attention_has(
-    backend: str,
-) -> None:
-    with world((16, 1), (72, 64)) as w:
-        mixed(w, backend, scale=0.1)
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 5}], ids=str)
+@pytest.mark.parametrize("dims", [(64, 8), (16, 16), (24, 40)])
+@pytest.mark.parametrize("backend", ["gather", "blockwise"])
+def test_latents(backend: str, dims: tuple[int, int], options: dict[str, Any]) -> None:
+    with world((6, 1), dims, kind="latent") as w:
+        mixed(w, backend, scale=0.1, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 5}], ids=str)
+@pytest.mark.parametrize("kind", ["full", "latent"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("layout", ["block_major", "layer_major"])
 @pytest.mark.parametrize("backend", ["gather", "blockwise"])
 def test_narrow_types_and_both_layouts(
-    backend: str, layout: str, dtype: str, options: dict[str, Any]
+    backend: str, layout: str, dtype: str, kind: str, options: dict[str, Any]
 ) -> None:
     scales = [(0.25, 2.0), (1.0, 1.0)] if dtype.startswith("float8") else None
-    with world(dtype=dtype, layout=layout, scales=scales) as w:
-        mixed(w, backend, **options)
+    with world(dtype=dtype, layout=layout, scales=scales, kind=kind) as w:
+        mixed(w, backend, scale=0.25, **options)
 
 
 @pytest.mark.parametrize("backend", HERE)

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa: E402
 
 import models_tiny as tiny  # noqa: E402
-from pagedkv.errors import InvalidState  # noqa: E402
+from pagedkv.errors import InvalidSpec, InvalidState  # noqa: E402
 from pagedkv.integrations.transformers import PagedCache  # noqa: E402
 from requests_tiny import dense, generate, paged, prompt, unattached  # noqa: E402
 
@@ -46,6 +46,62 @@ def test_paged_attention_forced_on_a_model_that_halves_its_values_says_so() -> N
         pytest.raises(InvalidState, match="paged_attention=False for this model"),
     ):
         generate(model, cache, prompt())
+
+
+LATENTS = {
+    "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+    "v_head_dim": 20, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", ["one", "three_padded"])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_latents(name: str, beams: int, batch: str) -> None:
+    """The cache keeps what the layers hand over: latents, or what older versions make of them."""
+    model = other_model(name, **LATENTS)
+    with paged(model) as cache:
+        layer = cache.kv.spec.layers[0]
+        kept = layer.kind, layer.num_kv_heads, layer.k_dim, layer.v_dim
+        assert kept in [("latent", 1, 16, 8), ("full", 4, 24, 20)]
+        tiny.check_equal(model, cache, num_beams=beams, **tiny.prompts(batch))
+        ids = prompt()
+        cache.start(ids)
+        found = generate(model, cache, ids, num_beams=beams)
+        cache.finish(found)
+        assert cache.start(ids) > 0
+        assert generate(model, cache, ids, num_beams=beams).tolist() == found.tolist()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_layers_that_see_their_chunk(beams: int) -> None:
+    model = other_model(
+        "llama4_text", attention_chunk_size=16, num_local_experts=2, num_key_value_heads=2,
+        intermediate_size_mlp=96, head_dim=16,
+    )  # fmt: skip
+    with paged(model) as cache:
+        assert {layer.kind for layer in cache.kv.spec.layers} >= {"chunked"}
+        tiny.check_equal(model, cache, num_beams=beams, **tiny.prompts("three_padded"))
+
+
+def test_a_model_that_keeps_more_beside_its_latents_is_refused() -> None:
+    model = other_model("deepseek_v3", **LATENTS)
+    attention = model.model.layers[1].self_attn
+    whole = attention.forward
+
+    def indexed(*args: Any, **kwargs: Any) -> Any:
+        cache = kwargs["past_key_values"]
+        if hasattr(cache, "update_indexer"):
+            cache.update_indexer(torch.zeros(1, 1, 8), attention.layer_idx)
+        return whole(*args, **kwargs)
+
+    attention.forward = indexed
+    with pytest.raises(InvalidSpec, match="keeps an index beside its latents"):
+        PagedCache.for_model(model, "4MiB")
+    attention.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    with pytest.raises(InvalidSpec, match=r"layers \[0\] use a cache, and its config has 2"):
+        PagedCache.for_model(model, "4MiB")
 
 
 @torch.no_grad()

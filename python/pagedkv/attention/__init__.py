@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pagedkv.attention import blockwise, flash_attn, flashinfer, flex, gather, varlen
-from pagedkv.attention.call import Backend, Call
+from pagedkv.attention.call import Backend, Call, check_rule, scale_of
 from pagedkv.errors import InvalidSpec
 from pagedkv.tables import address
 
@@ -48,8 +48,10 @@ def attend(
     """Causal attention of each new token to its sequence up to itself.
 
     Args:
-        q: queries [T, Hq, k_dim] on the cache's device, Hq a multiple of the layer's KV heads.
-        scale: of the scores, by default k_dim ** -0.5.
+        q: queries [T, Hq, k_dim] on the cache's device, Hq a multiple of the layer's KV heads. To a
+            latent layer [T, Hq, k_dim + v_dim], the first k_dim through the matrix that makes keys
+            of its vector: so the vector is keys and values of all heads, and is read as it is.
+        scale: of the scores, by default k_dim ** -0.5; to a latent layer it has to be given.
         softcap: scores become softcap * tanh(scores / softcap).
         window: a token sees itself and the window - 1 tokens before it; by default the layer's own.
         attn_mask: bool (True: visible) or additive float, broadcastable to
@@ -61,11 +63,12 @@ def attend(
             in float32 or bfloat16, heads of a multiple of 8, and for long sequences, else
             "gather".
 
-    Returns [T, Hq, v_dim] in q's dtype.
+    Returns [T, Hq, v_dim] in q's dtype; of a latent layer [T, Hq, k_dim], sums of its vectors.
 
     Raises:
-        InvalidSpec: q is not floats [T, Hq, k_dim], or asks for a gradient, an option is out of
-            range, or the backend is not installed or cannot do this: the message says which can.
+        InvalidSpec: q is not floats of that shape, or asks for a gradient, an option is out of
+            range or missing, the layer is chunked and there is no mask, or the backend is not
+            installed or cannot do this: the message says which can.
     """
     spec = kv.spec.layers[layer]
     num_heads = _check_queries(kv, spec, q, step)
@@ -73,6 +76,8 @@ def attend(
         raise InvalidSpec(f"softcap is {softcap}, expected a number over 0, or None")
     if window is not None and (not isinstance(window, (int, np.integer)) or window < 1):
         raise InvalidSpec(f"window is {window}, expected 1 token or more, or None")
+    check_rule(spec, attn_mask)
+    scale = scale_of(spec, scale)
     window = spec.window if window is None else window
     firsts = None
     if attn_mask is not None:
@@ -80,14 +85,25 @@ def attend(
         if attn_mask.dtype != torch.bool:
             attn_mask = attn_mask.to(q.dtype)  # all that torch's kernels take
     if not step.num_tokens:
-        return q.new_empty(0, num_heads, spec.v_dim)
-    k_scale, v_scale = kv.scales[layer]
-    if k_scale != 1:
-        q = q * k_scale  # first: what is stored may be so large that products with it overflow
-    scale = spec.k_dim**-0.5 if scale is None else scale
+        return q.new_empty(0, num_heads, spec.output_dim)
+    q, out_scale = _with_scales(q, spec, *kv.scales[layer])
     call = Call(layer, q, scale, softcap, window, attn_mask, firsts)
     out = _choose(kv, call, step, backend).attend(kv, call, step)
-    return out if v_scale == 1 else out.mul_(v_scale)
+    return out if out_scale == 1 else out.mul_(out_scale)
+
+
+def _with_scales(
+    q: torch.Tensor, spec: LayerSpec, k_scale: float, v_scale: float
+) -> tuple[torch.Tensor, float]:
+    """Queries to what is stored, and what the answer is to be multiplied by.
+
+    Queries first: what is stored may be so large that products with it overflow.
+    """
+    if spec.kind != "latent":
+        return (q if k_scale == 1 else q * k_scale), v_scale
+    if k_scale != 1 or v_scale != 1:
+        q = torch.cat((q[..., : spec.k_dim] * k_scale, q[..., spec.k_dim :] * v_scale), -1)
+    return q, k_scale
 
 
 def _check_queries(kv: KVCache, spec: LayerSpec, q: torch.Tensor, step: Step) -> int:
@@ -95,9 +111,9 @@ def _check_queries(kv: KVCache, spec: LayerSpec, q: torch.Tensor, step: Step) ->
     if not isinstance(q, torch.Tensor) or not q.is_floating_point():
         raise InvalidSpec(f"q is {getattr(q, 'dtype', type(q))}, expected a tensor of floats")
     shape = q.shape
-    if len(shape) != 3 or shape[0] != step.num_tokens or shape[2] != spec.k_dim:
+    if len(shape) != 3 or shape[0] != step.num_tokens or shape[2] != spec.query_dim:
         raise InvalidSpec(
-            f"q is {list(shape)}, expected [{step.num_tokens}, query heads, {spec.k_dim}]"
+            f"q is {list(shape)}, expected [{step.num_tokens}, query heads, {spec.query_dim}]"
         )
     if not shape[1] or shape[1] % spec.num_kv_heads:
         raise InvalidSpec(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pagedkv.attention.call import equal_counts, widened
+from pagedkv.attention.call import equal_counts, keys_and_values, widened
 from pagedkv.attention.decode import decode, decode_with_sums, takes
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ RUN_BYTES = 4 << 20  # of K and V at a time: more than calls cost, less than pro
 SHARED_BYTES = 1 << 20  # of K and V: so many are read once for all rows that share them
 QUERY_TILE = 256  # new tokens at a time, so that scores stay small, too
 
-# Output [H, G, n, v_dim] in float32 and the log-sum-exp of its scores [H, G, n].
+# Output [H, G, n, output_dim] in float32 and the log-sum-exp of its scores [H, G, n].
 Part = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -62,7 +62,7 @@ def _token_bytes(kv: KVCache, call: Call) -> int:
 
 
 def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
-    parts: list[torch.Tensor] = []  # [some tokens, Hq, v_dim], one behind the other
+    parts: list[torch.Tensor] = []  # [some tokens, Hq, output_dim], one behind the other
     has_kernel = takes(kv, call)
     for first, last, shared, count in _runs(kv, call, step):
         begin = _begin(call, first, last) if shared and call.window is None else sys.maxsize
@@ -129,7 +129,7 @@ def _rows(
 def _row(
     kv: KVCache, call: Call, step: Step, q: torch.Tensor, row: int, at: int, first: int
 ) -> Part:
-    """Queries [H, G, n, k_dim] of one row, whose tokens are at `at` on, to keys from `first` on."""
+    """Queries [H, G, n, query_dim] of one row, tokens from `at` on, to keys from `first` on."""
     num, end = q.shape[2], at + q.shape[2]
     window = end if call.window is None else call.window
     first = max(first, at - window + 1)
@@ -171,7 +171,7 @@ def _beams(
             for i, length in enumerate(step.plan.seq_lens[first:last])
         ]
         part = torch.cat([t[0] for t in tails], 2), torch.cat([t[1] for t in tails], 2)
-    together = q.permute(1, 2, 0, 3)  # [H, G, n, k_dim]
+    together = q.permute(1, 2, 0, 3)  # [H, G, n, query_dim]
     for _, _, k, v in _keys(kv, call, step, first, begin, end, end):
         part = _join(part, _attend(kv, call, together, k, v))
     return part[0].permute(2, 0, 1, 3).flatten(1, 2)
@@ -196,8 +196,11 @@ def _keys(
         block = start // size
         width = stop - block * size
         num_tokens = torch.tensor([width], dtype=torch.int32, device=kv.device)
-        gathered = kv.gather_blocks(call.layer, table, block, num_tokens, width)
-        k, v = (t[0, :, None, start - block * size :].to(call.q.dtype) for t in gathered)
+        kept = kv.gather_blocks(call.layer, table, block, num_tokens, width)
+        k, v = (
+            t[0, :, None, start - block * size :].to(call.q.dtype)
+            for t in keys_and_values(kv.spec.layers[call.layer], kept)
+        )
         yield start, stop, k, v
 
 
@@ -207,7 +210,7 @@ def _is_fused(kv: KVCache, call: Call) -> bool:
     Which hides what is behind a token by -inf before it multiplies, so for scale > 0 only.
     """
     layer = kv.spec.layers[call.layer]
-    return call.softcap is None and layer.k_dim == layer.v_dim and call.scale > 0
+    return call.softcap is None and layer.query_dim == layer.output_dim and call.scale > 0
 
 
 def _attend(

@@ -10,19 +10,24 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
+from pagedkv.errors import InvalidSpec
 from pagedkv.fp8 import is_fp8
 
 if TYPE_CHECKING:
     from pagedkv._core import StepPlan
     from pagedkv.cache import KVCache
+    from pagedkv.spec import LayerSpec
     from pagedkv.step import Step
 
 __all__ = [
     "Backend",
     "Call",
+    "check_rule",
     "equal_counts",
     "installed",
     "kernel_refusal",
+    "keys_and_values",
+    "scale_of",
     "widened",
     "window_pair",
 ]
@@ -32,8 +37,9 @@ class Call(NamedTuple):
     """One layer's attention, its arguments checked.
 
     Attributes:
-        q: queries [T, Hq, k_dim], times the layer's k_scale: products with what is stored are those
-            with the real keys. Nobody multiplies the answer by v_scale but who calls the backend.
+        q: queries [T, Hq, query_dim], times the layer's scale of keys: products with what is stored
+            are those with the real keys. Nobody multiplies the answer by that of values but who
+            calls the backend.
         scale, softcap, window, attn_mask: as in `attend`. With a mask there is no window.
         firsts: the first token that each row sees, int32 [B], if that is all that the mask says of
             rows of one new token each, on a CPU; else None.
@@ -55,7 +61,30 @@ class Backend(Protocol):
         """Why it cannot, to be read behind its name; None if it can."""
 
     def attend(self, kv: KVCache, call: Call, step: Step) -> torch.Tensor:
-        """[T, Hq, v_dim] in q's dtype."""
+        """[T, Hq, output_dim] in q's dtype."""
+
+
+def check_rule(layer: LayerSpec, attn_mask: torch.Tensor | None) -> None:
+    """Raises InvalidSpec for a layer whose rule of what is seen no backend has, without a mask."""
+    if layer.kind == "chunked" and attn_mask is None:
+        raise InvalidSpec("the layer is chunked, which no backend hides by itself: give attn_mask")
+
+
+def scale_of(layer: LayerSpec, scale: float | None) -> float:
+    """`scale`, or by default k_dim ** -0.5. Raises InvalidSpec where that is not known."""
+    if scale is None and layer.kind == "latent":
+        raise InvalidSpec(
+            "scale is None, and a latent layer does not tell its model's: expected a number, mostly"
+            " (qk_nope_head_dim + qk_rope_head_dim) ** -0.5"
+        )
+    return layer.k_dim**-0.5 if scale is None else scale
+
+
+def keys_and_values(
+    layer: LayerSpec, kept: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What queries are multiplied by, and what is summed, of what a layer keeps [..., dim]."""
+    return (torch.cat(kept, -1), kept[0]) if layer.kind == "latent" else kept
 
 
 @cache
@@ -84,6 +113,8 @@ def kernel_refusal(
         return f"takes queries of float16 and bfloat16, and these are {call.q.dtype}"
     if stored != call.q.dtype and not (fp8 and is_fp8(stored)):
         return f"needs queries and keys of one dtype: {call.q.dtype}, and stored are {stored}"
+    if layer.kind == "latent":
+        return "does not attend over latents"
     if layer.k_dim != layer.v_dim:
         return f"needs equal k_dim and v_dim, and the layer's are {layer.k_dim} and {layer.v_dim}"
     if any(pool.stride(-1) != 1 for pool in (kv.k(call.layer), kv.v(call.layer))):

@@ -22,7 +22,7 @@ def takes(kv: KVCache, call: Call) -> bool:
     if call.q.dtype == torch.float64:
         return False
     layer, dtype = kv.spec.layers[call.layer], kv.k(call.layer).dtype
-    whole = layer.k_dim % 8 == 0 and layer.v_dim % 8 == 0
+    whole = layer.k_dim % 8 == 0 and layer.v_dim % 8 == 0 and layer.kind != "latent"
     return whole and dtype in _TYPES and kv.host_pool is not None
 
 

@@ -35,6 +35,8 @@ MOST_VARIANTS = 64  # of the compiled kernel
 def refusal(kv: KVCache, call: Call) -> str | None:
     k, v = kv.k(call.layer), kv.v(call.layer)
     size = kv.spec.block_size
+    if kv.spec.layers[call.layer].kind == "latent":
+        return "does not attend over latents"
     if not (k.is_contiguous() and v.is_contiguous()):
         return 'needs a layer\'s blocks side by side, as in layout "layer_major"'
     if call.attn_mask is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pagedkv.attention.call import widened
+from pagedkv.attention.call import keys_and_values, widened
 
 if TYPE_CHECKING:
     from pagedkv.attention.call import Call
@@ -32,7 +32,8 @@ def refusal(kv: KVCache, call: Call) -> str | None:
 def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
     plan, layer, q, attn_mask = step.plan, call.layer, call.q, call.attn_mask
     scale, softcap, window = call.scale, call.softcap, call.window
-    out = q.new_empty(q.shape[0], q.shape[1], kv.spec.layers[layer].v_dim)
+    spec = kv.spec.layers[layer]
+    out = q.new_empty(q.shape[0], q.shape[1], spec.output_dim)
     starts, lens = plan.query_starts, plan.seq_lens
     tables, lens_there = step.block_tables, step.seq_lens
     if attn_mask is not None:
@@ -52,7 +53,8 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
         if shared:
             found = _shared(kv, layer, queries, step, first, last, shared, scale, softcap, mask)
         else:
-            k, v = kv.gather_blocks(layer, tables[first:last], 0, lens_there[first:last], width)
+            kept = kv.gather_blocks(layer, tables[first:last], 0, lens_there[first:last], width)
+            k, v = keys_and_values(spec, kept)
             found = dense(queries, k, v, scale, softcap, mask, is_causal)
         out[rows] = found.transpose(1, 2).flatten(0, 1)
     return out
@@ -167,8 +169,10 @@ def _shared(
     num_shared = shared * kv.spec.block_size
     tables, longest = step.block_tables[first:last], int(step.plan.seq_lens[first:last].max())
     run, tails = step.shared_lens(first, last, num_shared)
-    k_run, v_run = kv.gather_blocks(layer, tables[:1], 0, run, num_shared, part=0)
-    k_tail, v_tail = kv.gather_blocks(layer, tables, shared, tails, longest - num_shared, part=1)
+    spec, width = kv.spec.layers[layer], longest - num_shared
+    kept_run = kv.gather_blocks(layer, tables[:1], 0, run, num_shared, part=0)
+    kept_tail = kv.gather_blocks(layer, tables, shared, tails, width, part=1)
+    (k_run, v_run), (k_tail, v_tail) = (keys_and_values(spec, t) for t in (kept_run, kept_tail))
     if k_run.dtype != q.dtype:
         k_run, v_run, k_tail, v_tail = (t.to(q.dtype) for t in (k_run, v_run, k_tail, v_tail))
     q, k_run, v_run, k_tail, v_tail = widened(q, k_run, v_run, k_tail, v_tail)

@@ -33,7 +33,7 @@ from pagedkv.integrations._forward import (
     untold,
 )
 from pagedkv.integrations._rows import CacheStats, Rows
-from pagedkv.spec import KVSpec
+from pagedkv.integrations._stored import spec_of
 from pagedkv.transfers import Transfer
 from pagedkv.units import parse_bytes
 
@@ -50,7 +50,8 @@ class PagedCache(Cache, Attached):
     Args:
         kv: holds K and V; its spec must describe the model.
         paged_attention: attend straight over shared blocks where the model is attached. False:
-            gather each row's K and V, one layer at a time, for the model's own attention function.
+            gather each row's K and V, one layer at a time, for the model's own attention function,
+            as layers with latents need it anyway.
 
     A model that is attached (`attach(model)`; for_model() does it) computes equal prompts once,
     uses paged attention, and tells start() each token. All else works without.
@@ -67,7 +68,8 @@ class PagedCache(Cache, Attached):
         self.kv = kv
         self._rows = Rows(kv)
         self._forward = Forward()
-        self._owns_kv, self._paged_attention = False, paged_attention
+        has_latents = any(layer.kind == "latent" for layer in kv.spec.layers)
+        self._owns_kv, self._paged_attention = False, paged_attention and not has_latents
 
     @classmethod
     def for_model(
@@ -91,7 +93,7 @@ class PagedCache(Cache, Attached):
         """
         if not isinstance(model, torch.nn.Module):
             raise InvalidSpec(f"model is {model!r:.80}, expected a model of transformers")
-        spec = KVSpec.from_config(model.config, dtype=str(model.dtype), block_size=block_size)
+        spec = spec_of(model, block_size)
         num_tokens = spec.num_blocks(parse_bytes(memory, "memory")) * block_size
         kv = KVCache(
             spec,

@@ -330,10 +330,8 @@ def _notes(fit: Fit, whole: KVSpec) -> tuple[str, ...]:
             "the config leaves some matrices unquantised, in layers that are not looked up: the "
             "estimate of the weights has them quantised, its upper end not"
         )
-    kinds = {layer.kind for layer in whole.layers}
-    if kinds & {"latent", "state"} or any(layer.state_bytes for layer in whole.layers):
-        held = "latent attention" if "latent" in kinds else "recurrent state"
-        notes.append(f"KVCache cannot hold {held} yet: this plans for an engine that can")
+    if any(layer.kind == "state" or layer.state_bytes for layer in whole.layers):
+        notes.append("KVCache cannot hold recurrent state yet: this plans for an engine that can")
     if fit.load.replicas > 1:
         notes.append(
             f"{fit.load.replicas} copies of the model share the load: figures are of one of them"
