@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import Cache
 
 from pagedkv.errors import InvalidSpec
-from pagedkv.spec import KVSpec
+from pagedkv.spec import KVSpec, LayerSpec
 
 __all__ = ["spec_of"]
 
@@ -36,8 +35,9 @@ def spec_of(model: Any, block_size: int) -> KVSpec:
     layers = []
     for i, layer in enumerate(spec.layers):
         heads, k_dim, v_dim = asked.found[i]
-        kind = "latent" if (heads, k_dim, v_dim) == (1, layer.k_dim, layer.v_dim) else "full"
-        layers.append(replace(layer, kind=kind, num_kv_heads=heads, k_dim=k_dim, v_dim=v_dim))
+        if layer.kind == "latent" and (heads, k_dim, v_dim) != (1, layer.k_dim, layer.v_dim):
+            layer = LayerSpec("full", heads, k_dim, v_dim, layer.dtype)
+        layers.append(layer)
     return KVSpec(layers=layers, block_size=block_size)
 
 
@@ -49,10 +49,15 @@ class _Asked(Cache):
         self.found: dict[int, tuple[int, int, int]] = {}
 
     def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.found[layer_idx] = keys.shape[1], keys.shape[3], values.shape[3]
-        return keys, values
+        self.found[layer_idx] = key_states.shape[1], key_states.shape[3], value_states.shape[3]
+        return key_states, value_states
 
     def update_indexer(self, *args: Any, **kwargs: Any) -> Any:
         raise InvalidSpec(
