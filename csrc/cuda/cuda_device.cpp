@@ -95,7 +95,11 @@ void CudaDevice::use_stream(CudaStream stream) {
   if (stream == stream_) return;
   const Guard guard(*this);
   int device = options_.index;
-  check(runtime_->device_of(stream, &device), "cudaStreamGetDevice");
+  // Default streams are the current device's. CUDA does not tell of one that is being captured, as
+  // that of torch.cuda.graph is, and ends the capture.
+  if (!is_default(stream) && !is_capturing(stream)) {
+    check(runtime_->device_of(stream, &device), "cudaStreamGetDevice");
+  }
   if (device != options_.index) {
     throw DeviceError("the current stream is one of device " + std::to_string(device) +
                       ", expected one of device " + std::to_string(options_.index));

@@ -12,9 +12,9 @@ namespace pagedkv {
 namespace {
 
 constexpr std::int64_t kMostPieceBytes = std::int64_t{64} << 10;  // of a kernel's work on one run
-
-// Streams that CUDA refuses batched copies on: the legacy default stream, by its two names.
-bool is_legacy(CudaStream stream) { return reinterpret_cast<std::uintptr_t>(stream) <= 1; }
+// Of one batched copy: what a call costs is spread by then, and drivers were seen to crash or hang
+// on tens of thousands (580.159, CUDA 13.0).
+constexpr std::size_t kMostBatched = 512;
 
 }  // namespace
 
@@ -101,8 +101,12 @@ void CudaDevice::copy_by_batch(CudaStream stream, std::span<const CopyRun> runs)
     sources.push_back(run.source);
     bytes.push_back(run.bytes);
   }
-  check(runtime_->copy_batch(targets.data(), sources.data(), bytes.data(), bytes.size(), stream),
-        "cudaMemcpyBatchAsync");
+  for (std::size_t first = 0; first < runs.size(); first += kMostBatched) {
+    const std::size_t count = std::min(kMostBatched, runs.size() - first);
+    check(runtime_->copy_batch(targets.data() + first, sources.data() + first, bytes.data() + first,
+                               count, stream),
+          "cudaMemcpyBatchAsync");
+  }
 }
 
 // The staging of a stream, whose order keeps its rounds apart. Null if there is no memory for it.

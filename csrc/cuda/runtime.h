@@ -17,6 +17,11 @@ namespace pagedkv {
 using CudaStream = struct CUstream_st*;
 using CudaEvent = struct CUevent_st*;
 
+// Streams that are the current device's: the legacy default stream, by its two names, and the
+// default stream of each thread.
+inline bool is_legacy(CudaStream stream) { return reinterpret_cast<std::uintptr_t>(stream) <= 1; }
+inline bool is_default(CudaStream stream) { return reinterpret_cast<std::uintptr_t>(stream) <= 2; }
+
 struct CopyBlocks;  // kernels.h has these
 struct ScatterKv;
 struct ScatterFp8;  // scatter_fp8.h
@@ -40,6 +45,7 @@ class CudaRuntime {
       CudaStream* stream) = 0;  // one that the legacy stream does not wait for
   virtual int destroy_stream(CudaStream stream) = 0;
   virtual int synchronize(CudaStream stream) = 0;
+  // Not of one that is being captured.
   virtual int device_of(CudaStream stream, int* device) = 0;
   virtual int is_capturing(CudaStream stream, bool* capturing) = 0;  // into a graph
 

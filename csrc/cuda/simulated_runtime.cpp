@@ -159,7 +159,7 @@ int SimulatedRuntime::synchronize(CudaStream stream) {
 }
 
 int SimulatedRuntime::device_of(CudaStream stream, int* device) {
-  if (const int code = enter("cudaStreamGetDevice")) return code;
+  if (const int code = enter("cudaStreamGetDevice", stream)) return code;
   if (!known(stream)) return kInvalidHandle;
   const auto found = streams_.find(stream);
   *device = found == streams_.end() ? current_device : found->second;

@@ -137,6 +137,17 @@ TEST_CASE("an error that CUDA does not get over makes the device lost, and close
   }
 }
 
+TEST_CASE("a stream may be taken that is being captured already, as torch.cuda.graph does") {
+  CudaWorld w;
+  CudaStream stream = nullptr;
+  REQUIRE(w.runtime->create_stream(&stream) == 0);
+  w.runtime->capture(stream, true);
+  w.device->use_stream(stream);
+  CHECK(w.device->is_capturing(stream));
+  w.runtime->capture(stream, false);
+  w.device->close();
+}
+
 TEST_CASE("streams and events of others are refused") {
   CudaWorld w;
   CudaStream other = nullptr;
@@ -290,4 +301,22 @@ TEST_CASE("a batch is never asked for on the legacy stream") {
   CHECK(w.runtime->num_calls("cudaMemcpyBatchAsync") == 1);
   w.device->close();
   w.device->free_host(host, 4096);
+}
+
+TEST_CASE("one batch has some hundreds of copies at most") {
+  CudaWorld w;
+  constexpr std::size_t kCopies = 1300;
+  std::byte* const host = w.device->allocate_host(2 * kCopies);
+  std::vector<std::byte> memory(2 * kCopies);
+  std::vector<CopyRun> runs;
+  for (std::size_t i = 0; i < kCopies; ++i) {  // in pieces of a byte, with gaps
+    host[2 * i] = std::byte(i % 251 + 1);
+    runs.push_back({memory.data() + 2 * i, host + 2 * i, 1});
+  }
+  w.device->methods().always(CopyMethod::batch);
+  w.device->copy(w.device->make_stream(), runs);
+  CHECK(w.runtime->num_calls("cudaMemcpyBatchAsync") == 3);
+  w.device->close();
+  for (std::size_t i = 0; i < kCopies; ++i) CHECK(memory[2 * i] == host[2 * i]);
+  w.device->free_host(host, 2 * kCopies);
 }
