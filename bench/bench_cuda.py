@@ -17,9 +17,11 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 
 import pagedkv as pk
+from decode_cuda import DecodeBench
 from pagedkv.info import collect
 
 TOLERANCE = 0.10
@@ -74,6 +77,8 @@ class Clock:
 
 
 class Bench:
+    """Sections, each of which adds its figures and says in `notes` what is behind them."""
+
     def __init__(self, device: str, quick: bool, host_gib: int) -> None:
         self.host_gib = host_gib
         self.device = torch.device(device)
@@ -82,6 +87,8 @@ class Bench:
         self.rounds = 3 if quick else 15
         self.num_bytes = (4 if quick else 512) * MIB
         self.figures: list[Figure] = []
+        self.notes: list[str] = []
+        self.plain: dict[str, float] = {}
 
     def add(self, name: str, value: float, bar: float) -> None:
         self.figures.append(Figure(name, value, bar))
@@ -102,13 +109,15 @@ class Bench:
             layout=layout,
             **options,
         )
+        copier = kv._transfers.device if kv._transfers is not None else None
+        wait_until_pinned(copier, 2 * num_blocks * spec.block_bytes)  # which slows all that runs
         ids = np.array([kv.create(), kv.create()])
         for _ in range(num_blocks):  # in turn, so that no two blocks of one are neighbours
             with kv.step(ids, counts=[block_size, block_size]):
                 pass
         return kv, ids, num_blocks
 
-    def plain(self) -> dict[str, float]:
+    def plain_copies(self) -> None:
         """Seconds of one large copy of the same bytes, out and in, and of both at once."""
         pin = self.device.type == "cuda"
         host = torch.empty(self.num_bytes, dtype=torch.uint8, pin_memory=pin)
@@ -130,10 +139,14 @@ class Bench:
                     target.copy_(other, non_blocking=True)
 
             found["both"] = self.clock.median(both, self.rounds)
-        return found
+        rates = ", ".join(
+            f"{name} {self.num_bytes / seconds / 1e9:.1f} GB/s" for name, seconds in found.items()
+        )
+        self.notes.append(f"Plain copies: {rates}.")
+        self.plain = found
 
-    def swaps(self, layout: Any, bar: float, plain: dict[str, float]) -> None:
-        in_blocks = layout == "block_major"
+    def swaps(self, layout: Any, bar: float) -> None:
+        plain, in_blocks = self.plain, layout == "block_major"
         kv, ids, num_blocks = self.cache(32, layout, 16 if in_blocks else 32)
         size = "2 MiB blocks" if in_blocks else "64 KiB pieces"
         with kv:
@@ -171,19 +184,20 @@ class Bench:
                 ratio = statistics.median(both) / (plain["both"] * scale)
                 self.add(f"both ways, {size}, over two copies", ratio, 1 / 0.85)
 
-    def kernels(self, plain: dict[str, float]) -> None:
+    def kernels(self) -> None:
+        """Over more than a GPU's L2 cache holds, as the plain copy is."""
         kv, ids, num_blocks = self.cache(1, "block_major")
-        per_byte = plain["on the device"] / self.num_bytes
+        per_byte = self.plain["on the device"] / self.num_bytes
         with kv:
-            tokens = min(num_blocks * kv.spec.block_size, 8192)
+            tokens = min(num_blocks * kv.spec.block_size, 65536)
             k = torch.ones(tokens, 8, 128, dtype=torch.bfloat16, device=self.device)
             some = np.array([kv.create()])
             kv.release(ids[1:])
             with kv.step(some, counts=[tokens]) as step:
-                seconds = self.clock.per_call(lambda: kv.write(0, k, k, step))
+                seconds = self.clock.per_call(lambda: kv.write(0, k, k, step), calls=10)
                 moved = 2 * k.nbytes
                 self.add("write over a device copy, per byte", seconds / moved / per_byte, 1 / 0.8)
-                seconds = self.clock.per_call(lambda: kv.gather(0, step))
+                seconds = self.clock.per_call(lambda: kv.gather(0, step), calls=10)
                 self.add("gather over a device copy, per byte", seconds / moved / per_byte, 1 / 0.8)
             pairs = num_blocks // 2
             rows = np.stack([np.arange(pairs) + 1, np.arange(pairs) + 1 + pairs], axis=1)
@@ -259,42 +273,63 @@ class Bench:
         ) as kv:
             made = time.perf_counter() - begin
             copier = kv._transfers.device if kv._transfers is not None else None
-            while getattr(copier, "num_ready_bytes", num_bytes) < num_bytes - spec.block_bytes:
-                time.sleep(0.001)
+            wait_until_pinned(copier, num_bytes - spec.block_bytes)
             ready = time.perf_counter() - begin
-        self.host_text = f"Host memory: {num_bytes >> 20} MiB, cudaHostAlloc {plain:.2f} s."
+        self.notes.append(f"Host memory: {num_bytes >> 20} MiB, cudaHostAlloc {plain:.2f} s.")
         self.add("host tier pinned, over cudaHostAlloc", ready / plain, 0.5)
         self.add("cache with that host tier made, over cudaHostAlloc", made / plain, 0.1)
 
-    def run(self) -> str:
-        plain = self.plain()
-        self.swaps("block_major", 1 / 0.95, plain)
-        self.swaps("layer_major", 1 / 0.85, plain)
-        self.kernels(plain)
-        self.small()
-        self.beside("block_major")
-        self.beside("layer_major")
-        self.host_memory()
+    def decode(self) -> None:
+        bench = DecodeBench(self.device, self.quick)
+        for figure in bench.run():
+            self.add(*figure)
+        self.notes.append(bench.text)
+
+    def methods(self) -> None:
         kv, _, _ = self.cache(1, "block_major")
         with kv:
-            methods = kv.copy_methods()
-        rates = ", ".join(
-            f"{name} {self.num_bytes / seconds / 1e9:.1f} GB/s" for name, seconds in plain.items()
+            self.notes.append(f"```\n{kv.copy_methods()}```")
+
+    def sections(self) -> list[Callable[[], None]]:
+        """What others need first, then what matters most; many small copies at the end."""
+        return [
+            self.plain_copies,
+            self.decode,
+            partial(self.swaps, "block_major", 1 / 0.95),
+            self.kernels,
+            self.small,
+            partial(self.beside, "block_major"),
+            self.host_memory,
+            self.methods,
+            partial(self.swaps, "layer_major", 1 / 0.85),
+            partial(self.beside, "layer_major"),
+        ]
+
+
+def wait_until_pinned(copier: Any, num_bytes: int) -> None:
+    """Of a GPU's host tier: a helper thread pins it meanwhile."""
+    while getattr(copier, "num_ready_bytes", num_bytes) < num_bytes:
+        time.sleep(0.001)
+
+
+def commit() -> str:
+    """PAGEDKV_COMMIT says it where there is a copy of the files alone."""
+    if "PAGEDKV_COMMIT" in os.environ:
+        return os.environ["PAGEDKV_COMMIT"]
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
         )
-        return f"Plain copies: {rates}. {self.host_text}\n\n```\n{methods}```\n"
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
     found = {
         "date": date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -305,14 +340,21 @@ def machine(device: torch.device) -> dict[str, str]:
     return found
 
 
-def table(figures: list[Figure], where: dict[str, str], text: str) -> str:
+def table(figures: list[Figure], where: dict[str, str], notes: list[str]) -> str:
     lines = ["# CUDA", "", ", ".join(f"{k} {v}" for k, v in where.items()), ""]
     lines += ["| figure | value | bar | |", "|---|---|---|---|"]
     for figure in figures:
         ok = "" if figure.bar is None else "ok" if figure.value <= figure.bar else "MISSED"
         bar = "" if figure.bar is None else f"{figure.bar:.2f}"
         lines.append(f"| {figure.name} | {figure.value:.2f} | {bar} | {ok} |")
-    return "\n".join([*lines, "", text])
+    return "\n".join([*lines, "", *(f"{note}\n" for note in notes)])
+
+
+def write_report(folder: Path, bench: Bench, where: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"machine": where, "figures": [asdict(f) for f in bench.figures]}
+    (folder / "cuda.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "cuda.md").write_text(table(bench.figures, where, bench.notes))
 
 
 def worse(figures: list[Figure], baseline: Path) -> list[str]:
@@ -333,21 +375,23 @@ def main() -> int:
     parser.add_argument("--baseline", type=Path, help="cuda.json of an earlier run")
     args = parser.parse_args()
     bench = Bench(args.device, args.quick, args.host_gib)
-    text = bench.run()
-    where = machine(bench.device)
-    shown = table(bench.figures, where, text)
-    print(shown)
+    where, failed = machine(bench.device), 0
+    for section in bench.sections():
+        try:
+            section()
+        except Exception:  # the others are worth having
+            failed += 1
+            traceback.print_exc()
+            bench.notes.append(f"FAILED: {traceback.format_exc(limit=-1).splitlines()[-1]}")
+        if args.out is not None:  # at once: whatever comes next may end the process
+            write_report(args.out, bench, where)
+    print(table(bench.figures, where, bench.notes))
     missed = sum(f.bar is not None and f.value > f.bar for f in bench.figures)
-    print(f"{missed} of {len(bench.figures)} bars missed")
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        record = {"machine": where, "figures": [asdict(f) for f in bench.figures]}
-        (args.out / "cuda.json").write_text(json.dumps(record, indent=1) + "\n")
-        (args.out / "cuda.md").write_text(shown)
+    print(f"{missed} of {len(bench.figures)} bars missed, {failed} sections failed")
     found = worse(bench.figures, args.baseline) if args.baseline else []
     for line in found:
         print("worse:", line, file=sys.stderr)
-    return 1 if found else 0
+    return 1 if found or failed else 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def test_it_runs_and_writes_its_report(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     record = json.loads((tmp_path / "cuda.json").read_text())
-    assert len(record["figures"]) == 14
+    assert len(record["figures"]) == 17
     for figure in record["figures"]:
         assert figure["name"] in done.stdout
         assert figure["name"] in (tmp_path / "cuda.md").read_text()

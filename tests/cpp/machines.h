@@ -123,7 +123,7 @@ struct Gpu {
     machine.use_stream(stream);
   }
   ~Gpu() {
-    machine.close();
+    CHECK_NOTHROW(machine.close());
     for (void* memory : owned) CHECK(runtime->free(memory) == 0);
     if (own != nullptr) CHECK(runtime->destroy_stream(own) == 0);
   }

@@ -106,10 +106,11 @@ def test_commands_do_not_wait_for_the_gpu() -> None:
         a, b = w.admit([1, 2, 3, 4, 5]), w.admit([7, 8, 9])
         w.kv.swap_out([b])
         w.kv.swap_in([b]).wait()
+        w.step({b: [9]})  # torch pins memory for such a step now, for which CUDA may wait
         assert w.kv._transfers is not None
         device, stream = w.kv._transfers.device, torch.cuda.current_stream()
         waits = device.num_host_waits
-        spin()
+        torch.cuda._sleep(5 * SPIN)
         w.kv.swap_out([a])
         w.step({b: [10]})
         w.kv.swap_in([a])
@@ -138,26 +139,6 @@ def test_a_cache_closes_with_everything_under_way() -> None:
             spin()
             w.kv.swap_out([a])
             w.overwrite()
-
-
-def test_write_and_gather_are_captured_in_a_graph() -> None:
-    """What a step launches can be captured; its arrays keep their addresses."""
-    spec = pk.KVSpec(1, 2, 64, "float16", 16)
-    with pk.KVCache(spec, device="cuda:0", num_device_blocks=64, max_model_len=256) as kv:
-        ids = [kv.create() for _ in range(4)]
-        k = torch.randn(4, 2, 64, device="cuda:0", dtype=torch.float16)
-        for _ in range(2):
-            with kv.step(ids) as step:
-                kv.write(0, k, k, step)
-        graph = torch.cuda.CUDAGraph()
-        with kv.step(ids) as step, torch.cuda.graph(graph):
-            kv.write(0, k, k, step)
-        for _ in range(3):
-            with kv.step(ids) as step:
-                k.copy_(torch.randn_like(k))
-                graph.replay()
-                keys, _ = kv.gather(0, step)
-                assert keys[:, :, -1].equal(k)
 
 
 class GpuProgram(Program):

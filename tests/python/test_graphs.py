@@ -310,3 +310,24 @@ def test_hazard_22_a_call_breaks_the_capture_of_a_graph(monkeypatch: pytest.Monk
                 ]  # fmt: skip
                 fake.calls = []
         assert fake.calls == ["follow", "replay"] * 2
+
+
+@pytest.mark.gpu
+def test_what_a_step_launches_can_be_captured() -> None:
+    """Its arrays keep their addresses."""
+    spec = pk.KVSpec(1, 2, 64, "float16", 16)
+    with pk.KVCache(spec, device="cuda:0", num_device_blocks=64, max_model_len=256) as kv:
+        ids = [kv.create() for _ in range(4)]
+        k = torch.randn(4, 2, 64, device="cuda:0", dtype=torch.float16)
+        for _ in range(2):
+            with kv.step(ids) as step:
+                kv.write(0, k, k, step)
+        graph = torch.cuda.CUDAGraph()
+        with kv.step(ids) as step, torch.cuda.graph(graph):
+            kv.write(0, k, k, step)
+        for _ in range(3):
+            with kv.step(ids) as step:
+                k.copy_(torch.randn_like(k))
+                graph.replay()
+                keys, _ = kv.gather(0, step)
+                assert keys[:, :, -1].equal(k)
