@@ -100,7 +100,7 @@ rm -f "$work/contract_build"
   contract_build >"$work/contract_build.log" 2>&1 && status=0 || status=$?
   echo "$status" >"$work/contract_build"
 ) &
-part build 200 build
+part build 240 build
 part graphs 60 tests tests/python/test_graphs.py
 part gpu 90 tests tests/python/test_gpu.py
 part benchmarks 180 benchmarks
