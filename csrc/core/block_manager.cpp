@@ -128,7 +128,7 @@ void BlockManager::fork(SequenceId id, std::span<SequenceId> ids) {
   for (std::size_t i = 1; i < ids.size(); ++i) {
     const std::uint32_t slot = sequences_.open();
     Sequence& child = sequences_[slot];
-    child.tip = source.tip;
+    child.standing() = source.standing();
     try {
       sequences_.grow_row(child, source.row_capacity);
     } catch (...) {
@@ -138,12 +138,6 @@ void BlockManager::fork(SequenceId id, std::span<SequenceId> ids) {
     }
     std::copy_n(source.row.get(), source.row_valid, child.row.get());
     child.row_valid = source.row_valid;
-    child.length = source.length;
-    child.known = source.known;
-    child.cached = source.cached;
-    child.transfer = source.transfer;
-    child.admitted = source.admitted;
-    child.tier = source.tier;
     tree_.ref(child.tip, child.tier);
     num_logical_ += num_blocks(child.length);
     ids[i] = sequences_.id(slot);
@@ -188,26 +182,18 @@ void BlockManager::reorder(std::span<const SequenceId> ids, std::span<const std:
     }
     if (p == static_cast<std::int64_t>(i)) continue;
     const Sequence& from = sequences_[slots_[static_cast<std::size_t>(p)]];
-    moves_.push_back({slots_[i], num_common_blocks(sequences_[slots_[i]], from), from.tip,
-                      from.length, from.known, from.cached, from.transfer, from.admitted,
-                      from.tier});
+    moves_.push_back({slots_[i], num_common_blocks(sequences_[slots_[i]], from), from});
   }
   for (const Move& move : moves_)
-    sequences_.grow_row(sequences_[move.slot], num_blocks(move.length));
+    sequences_.grow_row(sequences_[move.slot], num_blocks(move.to.length));
   // Take every new reference before dropping any: one parent may feed all rows.
-  for (const Move& move : moves_) tree_.ref(move.tip, move.tier);
+  for (const Move& move : moves_) tree_.ref(move.to.tip, move.to.tier);
   for (const Move& move : moves_) {
     Sequence& sequence = sequences_[move.slot];
     tree_.unref(sequence.tip, sequence.tier, Leave::cold);
-    num_logical_ += num_blocks(move.length) - num_blocks(sequence.length);
-    sequence.tip = move.tip;
-    sequence.length = move.length;
-    sequence.known = move.known;
-    sequence.cached = move.cached;
-    sequence.transfer = move.transfer;
-    sequence.admitted = move.admitted;
-    sequence.lower_row(sequence.tier == move.tier ? move.common : 0);
-    sequence.tier = move.tier;
+    num_logical_ += num_blocks(move.to.length) - num_blocks(sequence.length);
+    sequence.lower_row(sequence.tier == move.to.tier ? move.common : 0);
+    sequence.standing() = move.to;
     if (!wanted_.empty()) wanted_.erase(move.slot);
   }
 }

@@ -136,13 +136,7 @@ class BlockManager {
   struct Move {
     std::uint32_t slot;
     std::int32_t common;  // leading blocks that stay
-    NodeId tip;
-    std::int32_t length;
-    std::int32_t known;
-    std::int32_t cached;
-    TransferId transfer;
-    bool admitted;
-    Tier tier;
+    Standing to;
   };
   // Tokens that a sequence would hold, from its block `first_block` on.
   struct Wanted {

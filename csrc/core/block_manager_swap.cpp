@@ -225,12 +225,7 @@ void BlockManager::drop_path(std::uint32_t slot) {
   tree_.ref(node, Tier::device);
   tree_.unref(sequence.tip, sequence.tier, Leave::hot);
   num_logical_ -= size;
-  sequence.tip = node;
-  sequence.length = sequence.known = sequence.cached = 0;
-  sequence.transfer = TransferId::none;
-  sequence.tier = Tier::device;
-  sequence.dropped = true;
-  sequence.admitted = false;
+  sequence.standing() = {.tip = node, .dropped = true};
   sequence.lower_row(0);
 }
 

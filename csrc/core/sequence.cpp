@@ -31,12 +31,9 @@ std::uint32_t SequenceTable::open() {
   KV_CHECK(sequence.tip == NodeId::none);
   // The sign bit stays clear; 2^31 lives of one slot are out of reach.
   sequence.generation = (sequence.generation + 1) & 0x7fffffffu;
-  sequence.length = sequence.known = sequence.cached = 0;
+  sequence.standing() = {};
   sequence.row_valid = sequence.sent_valid = 0;
   sequence.sent_row = -1;
-  sequence.transfer = TransferId::none;
-  sequence.admitted = sequence.dropped = false;
-  sequence.tier = Tier::device;
   return slot;
 }
 

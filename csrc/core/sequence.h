@@ -9,25 +9,32 @@
 
 namespace pagedkv {
 
+// Where a sequence stands: all that one forked from it, or reordered to it, has in common with it.
+struct Standing {
+  NodeId tip = NodeId::none;  // none: this slot is free
+  std::int32_t length = 0;
+  std::int32_t known = 0;                  // leading tokens whose ids are known
+  std::int32_t cached = 0;                 // tokens that create() found
+  TransferId transfer = TransferId::none;  // the last one that its blocks came with
+  bool admitted = false;                   // has committed an append
+  bool dropped = false;                    // lost its path, and was not restored yet
+  Tier tier = Tier::device;
+};
+
 // row[0 .. row_valid) equals the path's blocks; the rest is filled by walking up from the tip when
 // somebody needs it. Of these, the first `sent_valid` cells stand in row `sent_row` of the batch's
 // table too, if that row is still this sequence's.
-struct alignas(64) Sequence {
-  NodeId tip = NodeId::none;  // none: this slot is free
+struct alignas(64) Sequence : Standing {
   std::uint32_t generation = 0;
-  std::int32_t length = 0;
-  std::int32_t known = 0;   // leading tokens whose ids are known
-  std::int32_t cached = 0;  // tokens that create() found
-  std::uint32_t mark = 0;   // of the last batch that named it
+  std::uint32_t mark = 0;  // of the last batch that named it
   std::unique_ptr<BlockId[]> row;
   std::int32_t row_capacity = 0;
   std::int32_t row_valid = 0;
   std::int32_t sent_row = -1;
   std::int32_t sent_valid = 0;
-  TransferId transfer = TransferId::none;  // the last one that its blocks came with
-  bool admitted = false;                   // has committed an append
-  bool dropped = false;                    // lost its path, and was not restored yet
-  Tier tier = Tier::device;
+
+  Standing& standing() { return *this; }
+  const Standing& standing() const { return *this; }
 
   // False: nothing can be in the way of a step.
   bool may_be_away() const {
