@@ -21,9 +21,8 @@ void check_range(const char* name, std::int64_t value, std::int64_t least, std::
 constexpr std::int64_t kMaxBlocks = (std::int64_t{1} << 30) - 1;
 constexpr std::int64_t kMaxLength = (std::int64_t{1} << 31) - 1 - kMaxBlockSize;
 
-Config checked(Config config) {
+const Config& checked(const Config& config) {
   config.validate();
-  config.max_model_len = std::min(config.model_len(), kMaxLength);
   return config;
 }
 
@@ -38,6 +37,10 @@ void Config::validate() const {
   if (max_model_len) check_range("max_model_len", *max_model_len, 1, kMaxLength);
 }
 
+std::int64_t Config::model_len() const {
+  return std::min(max_model_len.value_or(num_device_blocks * block_size), kMaxLength);
+}
+
 double BlockManager::metadata_bytes(const Config& config) {
   const double blocks = static_cast<double>(config.num_device_blocks + config.num_host_blocks);
   const double per_block = sizeof(Node) + 4.0 * static_cast<double>(config.block_size) + 48.0;
@@ -47,23 +50,23 @@ double BlockManager::metadata_bytes(const Config& config) {
 BlockManager::BlockManager(const Config& config)
     : config_(checked(config)),
       block_size_(static_cast<std::int32_t>(config.block_size)),
+      max_model_len_(static_cast<std::int32_t>(config.model_len())),
       reciprocal_(
           block_size_ == 1 ? 0 : ~std::uint64_t{0} / static_cast<std::uint64_t>(block_size_) + 1),
       tree_(static_cast<std::int32_t>(config.num_device_blocks),
             static_cast<std::int32_t>(config.num_host_blocks), block_size_, config.seed),
       transfers_(static_cast<std::int32_t>(config.num_device_blocks),
                  static_cast<std::int32_t>(config.num_host_blocks)),
-      buffers_(
-          static_cast<std::size_t>(config.max_batch),
-          static_cast<std::size_t>(config.num_device_blocks * config.block_size),
-          static_cast<std::size_t>(num_blocks(static_cast<std::int32_t>(*config_.max_model_len)))) {
+      buffers_(static_cast<std::size_t>(config.max_batch),
+               static_cast<std::size_t>(config.num_device_blocks * config.block_size),
+               static_cast<std::size_t>(num_blocks(max_model_len_))) {
   plan_.input_ids = buffers_.input_ids.data();
   plan_.slots = buffers_.slots.data();
   plan_.positions = buffers_.positions.data();
   plan_.query_starts = buffers_.query_starts.data();
   plan_.seq_lens = buffers_.seq_lens.data();
   plan_.block_tables = buffers_.block_tables.data();
-  plan_.table_stride = num_blocks(static_cast<std::int32_t>(*config_.max_model_len));
+  plan_.table_stride = num_blocks(max_model_len_);
   entries_.reserve(static_cast<std::size_t>(config.max_batch));
   filled_.reserve(static_cast<std::size_t>(config.max_batch));
 }

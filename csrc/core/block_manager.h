@@ -31,8 +31,8 @@ struct Config {
   std::int64_t watermark = 0;                 // blocks that a sequence's first append must leave
   std::uint64_t seed = 0;                     // of the hashes; decides no result
 
-  void validate() const;  // throws InvalidSpec naming the argument
-  std::int64_t model_len() const { return max_model_len.value_or(num_device_blocks * block_size); }
+  void validate() const;           // throws InvalidSpec naming the argument
+  std::int64_t model_len() const;  // tokens of the longest sequence that there may be
 };
 
 // The tree at one moment, one entry a node, parents before children.
@@ -207,9 +207,10 @@ class BlockManager {
   void verify_sequences(BlockTree::Ends& ends) const;
   void verify_transfers() const;
 
-  Config config_;
-  std::int32_t block_size_;
-  std::uint64_t reciprocal_;
+  const Config config_;
+  const std::int32_t block_size_;
+  const std::int32_t max_model_len_;
+  const std::uint64_t reciprocal_;
   BlockTree tree_;
   TransferTable transfers_;
   SequenceTable sequences_;

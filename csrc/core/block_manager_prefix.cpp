@@ -18,10 +18,10 @@ SequenceId BlockManager::create_anonymous() {
 
 SequenceId BlockManager::create(std::span<const Token> tokens, std::string_view salt) {
   require_no_open_step();
-  if (tokens.size() > static_cast<std::size_t>(*config_.max_model_len)) {
+  if (tokens.size() > static_cast<std::size_t>(max_model_len_)) {
     throw InvalidSpec(
         "tokens has " + std::to_string(tokens.size()) +
-        " entries, expected at most max_model_len = " + std::to_string(*config_.max_model_len));
+        " entries, expected at most max_model_len = " + std::to_string(max_model_len_));
   }
   sequences_.reserve(1);
   const NodeId root = tree_.open_root(salt);

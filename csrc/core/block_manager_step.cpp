@@ -65,7 +65,7 @@ std::int64_t BlockManager::decide(std::span<const SequenceId> ids, Numbers count
 }
 
 void BlockManager::check_count(std::size_t i, std::int64_t count, std::int32_t length) const {
-  if (count >= 1 && count <= *config_.max_model_len - length) [[likely]]
+  if (count >= 1 && count <= max_model_len_ - length) [[likely]]
     return;
   if (count < 1) {
     throw InvalidSpec("counts[" + std::to_string(i) + "] is " + std::to_string(count) +
@@ -73,7 +73,7 @@ void BlockManager::check_count(std::size_t i, std::int64_t count, std::int32_t l
   }
   throw InvalidSpec("counts[" + std::to_string(i) + "] is " + std::to_string(count) +
                     " and takes a sequence of " + std::to_string(length) +
-                    " tokens past max_model_len = " + std::to_string(*config_.max_model_len));
+                    " tokens past max_model_len = " + std::to_string(max_model_len_));
 }
 
 void BlockManager::undecide(std::vector<Entry>& entries) {
