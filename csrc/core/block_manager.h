@@ -138,6 +138,15 @@ class BlockManager {
     std::int32_t common;  // leading blocks that stay
     Standing to;
   };
+  // A prefix of tokens that the device has.
+  struct Hit {
+    NodeId full;                    // where its full blocks end
+    NodeId partial = NodeId::none;  // the child of `full` that holds the first of `rest`, if any
+    NodeId beyond = NodeId::none;   // the one that holds a block of `rest`, not (yet) on the device
+    std::int32_t num_full_blocks = 0;
+    std::int32_t num_partial_tokens = 0;
+    std::span<const Token> rest;  // behind the full blocks
+  };
   // Tokens that a sequence would hold, from its block `first_block` on.
   struct Wanted {
     std::int32_t first_block;
@@ -177,16 +186,14 @@ class BlockManager {
   std::int32_t num_common_blocks(const Sequence& a, const Sequence& b) const;
   void fill_row(Sequence& sequence) const;
   void note_peak();
-  void take_hit(std::uint32_t slot, std::span<const Token> tokens, std::int32_t most);
+  Hit find_hit(NodeId root, std::span<const Token> tokens) const;
+  void take_hit(std::uint32_t slot, std::span<const Token> tokens);
   bool is_hit(NodeId node) const {  // on the device
     const BlockId block = tree_.block(node, Tier::device);
     return block != BlockId::none && transfers_.landing(Tier::device, block) == TransferId::none;
   }
-  std::pair<NodeId, int> find_partial(NodeId parent, std::span<const Token> tokens) const {
-    return tree_.find_partial(parent, tokens, [this](NodeId child) { return is_hit(child); });
-  }
   bool is_fetchable(NodeId node) const;
-  std::int64_t num_fetchable(NodeId node, std::span<const Token> tokens) const;
+  std::pair<NodeId, std::int32_t> find_fetchable(NodeId node, std::span<const Token> tokens) const;
   TransferPlan move(std::span<const SequenceId> ids, Tier source, Tier target);
   std::size_t require_blocks(std::span<const NodeId> tips, Tier target);
   TransferPlan plan_paths(std::span<const NodeId> tips, Tier target, std::size_t num_copies);

@@ -1,12 +1,22 @@
 // Prefix hits: create(), lookup(), and fetch() from the host tier.
 #include <algorithm>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "core/block_manager.h"
 #include "core/error.h"
 
 namespace pagedkv {
+
+namespace {
+
+// What of a prompt may be a hit: its last token is left to compute, so that there are logits.
+std::span<const Token> but_last(std::span<const Token> tokens) {
+  return tokens.first(tokens.empty() ? 0 : tokens.size() - 1);
+}
+
+}  // namespace
 
 SequenceId BlockManager::create_anonymous() {
   require_no_open_step();
@@ -35,44 +45,45 @@ SequenceId BlockManager::create(std::span<const Token> tokens, std::string_view 
     tree_.drop_if_unused(root);
     throw;
   }
-  // The last token is left to compute, so that there are logits.
   tree_.ref(root, Tier::device);
-  take_hit(slot, tokens, static_cast<std::int32_t>(tokens.size()) - 1);
+  take_hit(slot, but_last(tokens));
   return sequences_.id(slot);
 }
 
-// Moves a sequence that ends at its root to the longest prefix of the first `most` of `tokens` that
-// is on the device, and notes the rest if the host can go on from there.
-void BlockManager::take_hit(std::uint32_t slot, std::span<const Token> tokens, std::int32_t most) {
-  Sequence& sequence = sequences_[slot];
-  std::int32_t length = 0;
-  NodeId node = sequence.tip;
-  NodeId next = NodeId::none;
-  while (length + block_size_ <= most) {
-    next = tree_.find_child(node, tokens.data() + length);
-    if (next == NodeId::none || !is_hit(next)) break;
-    node = std::exchange(next, NodeId::none);
-    length += block_size_;
-    sequence.row[static_cast<std::size_t>(sequence.row_valid++)] = tree_.block(node, Tier::device);
-  }
-  const auto rest = tokens.subspan(static_cast<std::size_t>(length),
-                                   static_cast<std::size_t>(std::max(most - length, 0)));
-  if (next != NodeId::none && is_fetchable(next)) {
-    const std::span<Token> wanted = want(slot, blocks_below(length), rest.size());
-    std::copy_n(rest.data(), std::min(rest.size(), wanted.size()), wanted.data());
-  }
-  if (!rest.empty()) {
-    const auto [child, run] = find_partial(node, rest);
-    if (child != NodeId::none) {
-      node = child;
-      length += run;
-      sequence.row[static_cast<std::size_t>(sequence.row_valid++)] =
-          tree_.block(node, Tier::device);
+// The longest prefix of `tokens` that the device has below `root`.
+BlockManager::Hit BlockManager::find_hit(NodeId root, std::span<const Token> tokens) const {
+  Hit hit{.full = root, .rest = tokens};
+  while (hit.rest.size() >= static_cast<std::size_t>(block_size_)) {
+    const NodeId child = tree_.find_child(hit.full, hit.rest.data());
+    if (child == NodeId::none || !is_hit(child)) {
+      hit.beyond = child;
+      break;
     }
+    hit.full = child;
+    ++hit.num_full_blocks;
+    hit.rest = hit.rest.subspan(static_cast<std::size_t>(block_size_));
   }
+  if (!hit.rest.empty()) {
+    std::tie(hit.partial, hit.num_partial_tokens) =
+        tree_.find_partial(hit.full, hit.rest, [this](NodeId child) { return is_hit(child); });
+  }
+  return hit;
+}
+
+// Moves a sequence that ends at its root to the longest prefix of `tokens` that is on the device,
+// and notes the rest if the host can go on from there.
+void BlockManager::take_hit(std::uint32_t slot, std::span<const Token> tokens) {
+  Sequence& sequence = sequences_[slot];
+  const Hit hit = find_hit(sequence.tip, tokens);
+  if (hit.beyond != NodeId::none && is_fetchable(hit.beyond)) {
+    const std::span<Token> wanted = want(slot, hit.num_full_blocks, hit.rest.size());
+    std::copy_n(hit.rest.data(), std::min(hit.rest.size(), wanted.size()), wanted.data());
+  }
+  const NodeId node = hit.partial != NodeId::none ? hit.partial : hit.full;
   const NodeId root = std::exchange(sequence.tip, node);
   tree_.ref(node, Tier::device);
   tree_.unref(root, Tier::device, Leave::hot);
+  const std::int32_t length = hit.num_full_blocks * block_size_ + hit.num_partial_tokens;
   sequence.length = sequence.known = sequence.cached = length;
   num_logical_ += num_blocks(length);
   totals_.num_hit_tokens += length;
@@ -80,22 +91,13 @@ void BlockManager::take_hit(std::uint32_t slot, std::span<const Token> tokens, s
 }
 
 PrefixHit BlockManager::lookup(std::span<const Token> tokens, std::string_view salt) const {
-  PrefixHit hit;
-  NodeId node = tree_.find_root(salt);
-  if (node == NodeId::none || tokens.empty()) return hit;
-  std::span<const Token> rest = tokens.first(tokens.size() - 1);
-  while (rest.size() >= static_cast<std::size_t>(block_size_)) {
-    const NodeId child = tree_.find_child(node, rest.data());
-    if (child == NodeId::none || !is_hit(child)) break;
-    node = child;
-    ++hit.num_full_blocks;
-    rest = rest.subspan(static_cast<std::size_t>(block_size_));
-  }
-  hit.num_host_tokens = num_fetchable(node, rest);
-  hit.num_partial_tokens = find_partial(node, rest).second;
-  hit.num_tokens =
-      static_cast<std::int64_t>(hit.num_full_blocks) * block_size_ + hit.num_partial_tokens;
-  return hit;
+  const NodeId root = tree_.find_root(salt);
+  if (root == NodeId::none) return {};
+  const Hit hit = find_hit(root, but_last(tokens));
+  return {.num_tokens = std::int64_t{hit.num_full_blocks} * block_size_ + hit.num_partial_tokens,
+          .num_full_blocks = hit.num_full_blocks,
+          .num_partial_tokens = hit.num_partial_tokens,
+          .num_host_tokens = find_fetchable(hit.full, hit.rest).second};
 }
 
 // -------------------------------------------------------------------- the host as a prefix cache
@@ -106,15 +108,19 @@ bool BlockManager::is_fetchable(NodeId node) const {
   return transfers_.landing(Tier::host, tree_.block(node, Tier::host)) == TransferId::none;
 }
 
-std::int64_t BlockManager::num_fetchable(NodeId node, std::span<const Token> tokens) const {
-  std::int64_t found = 0;
+// Where the blocks of `tokens` below `node` end that fetch() can bring, and how many tokens these
+// are.
+std::pair<NodeId, std::int32_t> BlockManager::find_fetchable(NodeId node,
+                                                             std::span<const Token> tokens) const {
+  std::int32_t found = 0;
   while (tokens.size() >= static_cast<std::size_t>(block_size_)) {
-    node = tree_.find_child(node, tokens.data());
-    if (node == NodeId::none || !is_fetchable(node)) break;
+    const NodeId child = tree_.find_child(node, tokens.data());
+    if (child == NodeId::none || !is_fetchable(child)) break;
+    node = child;
     found += block_size_;
     tokens = tokens.subspan(static_cast<std::size_t>(block_size_));
   }
-  return found;
+  return {node, found};
 }
 
 TransferPlan BlockManager::fetch(SequenceId id) {
@@ -128,13 +134,9 @@ TransferPlan BlockManager::fetch(SequenceId id) {
 
   // Go on from the last full block: the host may have the whole of what is held in part.
   const Wanted& rest = wanted->second;
-  NodeId tip = ancestor(sequence.tip, num_blocks(sequence.length) - rest.first_block);
-  const auto count =
-      static_cast<std::int32_t>(num_fetchable(tip, {rest.tokens.data(), rest.tokens.size()}));
+  const NodeId full = ancestor(sequence.tip, num_blocks(sequence.length) - rest.first_block);
+  const auto [tip, count] = find_fetchable(full, rest.tokens);
   if (count == 0) return plan_paths({}, Tier::device, 0);
-  for (std::int32_t at = 0; at < count; at += block_size_) {
-    tip = tree_.find_child(tip, rest.tokens.data() + at);
-  }
   const std::int32_t length = rest.first_block * block_size_ + count;
   const std::size_t num_copies = require_blocks({&tip, 1}, Tier::device);
   sequences_.grow_row(sequence, num_blocks(length));

@@ -251,7 +251,7 @@ void BlockManager::restore(std::span<const SequenceId> ids) {
       tokens = std::move(wanted->second.tokens);
       wanted_.erase(wanted);
     }
-    take_hit(slot, tokens, static_cast<std::int32_t>(tokens.size()));
+    take_hit(slot, tokens);
     sequences_[slot].dropped = false;
   }
 }
