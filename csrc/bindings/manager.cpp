@@ -87,14 +87,7 @@ void commit(const PyManager& m, const StepPlanHandle& plan, const py::object& le
 py::array_t<std::int64_t> fork(const PyManager& m, const py::object& id, const py::object& n) {
   return enter(*m.state, [&](BlockManager& core) {
     const std::int64_t count = int_argument("n", n);
-    if (count < 1 || count > kMaxBatch) {
-      throw InvalidSpec("n is " + std::to_string(count) + ", expected 1 to " +
-                        std::to_string(kMaxBatch));
-    }
-    py::array_t<std::int64_t> ids(count);
-    core.fork(id_of(id),
-              {reinterpret_cast<SequenceId*>(ids.mutable_data()), static_cast<std::size_t>(count)});
-    return ids;
+    return ids_of(core.fork(id_of(id), count));
   });
 }
 

@@ -38,12 +38,6 @@ py::object transfer_or_none(TransferId id) {
   return id == TransferId::none ? py::object(py::none()) : py::int_(static_cast<std::int64_t>(id));
 }
 
-template <class Id>
-py::array_t<std::int64_t> ids_of(const std::vector<Id>& ids) {
-  return py::array_t<std::int64_t>(static_cast<py::ssize_t>(ids.size()),
-                                   reinterpret_cast<const std::int64_t*>(ids.data()));
-}
-
 // Views of the plan's own memory, which they keep alive.
 py::array copies_of(const py::object& self) {
   const auto& copies = self.cast<const TransferPlan&>().copies;

@@ -85,14 +85,6 @@ void BlockManager::check_sizes(std::size_t ids, std::size_t others, const char* 
                     std::to_string(ids) + ", one for each of ids");
 }
 
-void BlockManager::begin_batch(std::size_t size) {
-  if (++mark_ == 0) mark_ = 1;
-  if (size > static_cast<std::size_t>(kMaxBatch) * 16) {
-    throw InvalidSpec("ids has " + std::to_string(size) + " entries, expected at most " +
-                      std::to_string(kMaxBatch * 16));
-  }
-}
-
 void BlockManager::require_resident(std::uint32_t slot) const {
   const Sequence& sequence = sequences_[slot];
   require_path(slot);
@@ -119,16 +111,17 @@ void BlockManager::repeated(SequenceId id, std::size_t i) {
 
 // ----------------------------------------------------------------------------------- sharing
 
-void BlockManager::fork(SequenceId id, std::span<SequenceId> ids) {
+std::vector<SequenceId> BlockManager::fork(SequenceId id, std::int64_t n) {
   require_no_open_step();
-  check_range("n", static_cast<std::int64_t>(ids.size()), 1, kMaxBatch);
+  check_range("n", n, 1, kMaxBatch);
   const std::uint32_t source_slot = sequences_.slot(id);
   require_path(source_slot);
-  sequences_.reserve(ids.size() - 1);  // from here on no reference into the table moves
+  const auto size = static_cast<std::size_t>(n);
+  sequences_.reserve(size - 1);  // from here on no reference into the table moves
   Sequence& source = sequences_[source_slot];
   fill_row(source);
-  ids[0] = id;
-  for (std::size_t i = 1; i < ids.size(); ++i) {
+  std::vector<SequenceId> ids(size, id);
+  for (std::size_t i = 1; i < size; ++i) {
     const std::uint32_t slot = sequences_.open();
     Sequence& child = sequences_[slot];
     child.standing() = source.standing();
@@ -136,7 +129,7 @@ void BlockManager::fork(SequenceId id, std::span<SequenceId> ids) {
       sequences_.grow_row(child, source.row_capacity);
     } catch (...) {
       sequences_.close(slot);
-      release(ids.subspan(1, i - 1));
+      release(std::span(ids).subspan(1, i - 1));
       throw;
     }
     std::copy_n(source.row.get(), source.row_valid, child.row.get());
@@ -145,6 +138,7 @@ void BlockManager::fork(SequenceId id, std::span<SequenceId> ids) {
     num_logical_ += num_blocks(child.length);
     ids[i] = sequences_.id(slot);
   }
+  return ids;
 }
 
 // ------------------------------------------------------------------- giving up parts of paths
@@ -170,7 +164,7 @@ std::int32_t BlockManager::num_common_blocks(const Sequence& a, const Sequence& 
 void BlockManager::reorder(std::span<const SequenceId> ids, std::span<const std::int64_t> parents) {
   require_no_open_step();
   check_sizes(ids.size(), parents.size(), "parents");
-  begin_batch(ids.size());
+  begin_batch();
   slots_.clear();
   moves_.clear();
   for (std::size_t i = 0; i < ids.size(); ++i) {
@@ -205,7 +199,7 @@ void BlockManager::truncate(std::span<const SequenceId> ids,
                             std::span<const std::int64_t> lengths) {
   require_no_open_step();
   check_sizes(ids.size(), lengths.size(), "lengths");
-  begin_batch(ids.size());
+  begin_batch();
   for (std::size_t i = 0; i < ids.size(); ++i) {
     const std::uint32_t slot = enter(ids[i], i);
     require_path(slot);
@@ -237,7 +231,7 @@ void BlockManager::truncate(std::span<const SequenceId> ids,
 
 void BlockManager::release(std::span<const SequenceId> ids) {
   require_no_open_step();
-  begin_batch(ids.size());
+  begin_batch();
   for (std::size_t i = 0; i < ids.size(); ++i) enter(ids[i], i);
   for (const SequenceId id : ids) {
     const std::uint32_t slot = sequences_.slot(id);
@@ -285,7 +279,7 @@ void BlockManager::block_table(SequenceId id, std::span<BlockId> table) const {
 }
 
 std::int64_t BlockManager::num_freed(std::span<const SequenceId> ids) {
-  begin_batch(ids.size());
+  begin_batch();
   std::int64_t freed = 0;
   std::unordered_map<NodeId, std::int32_t> leaving;
   for (std::size_t i = 0; i < ids.size(); ++i) {

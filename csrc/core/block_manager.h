@@ -64,7 +64,7 @@ class BlockManager {
   std::int64_t num_cached(SequenceId id) const { return sequences_[sequences_.slot(id)].cached; }
   std::int64_t length(SequenceId id) const { return sequences_[sequences_.slot(id)].length; }
   PrefixHit lookup(std::span<const Token> tokens, std::string_view salt) const;
-  void fork(SequenceId id, std::span<SequenceId> ids);  // ids[0] becomes `id`
+  std::vector<SequenceId> fork(SequenceId id, std::int64_t n);  // n ids, the first is `id` itself
   void reorder(std::span<const SequenceId> ids, std::span<const std::int64_t> parents);
   void truncate(std::span<const SequenceId> ids, std::span<const std::int64_t> lengths);
   void release(std::span<const SequenceId> ids);
@@ -168,7 +168,9 @@ class BlockManager {
 
   void require_no_open_step() const;
   void require_open(std::int64_t step) const;
-  void begin_batch(std::size_t size);  // a new mark; checks the size
+  void begin_batch() {  // each sequence may enter once from here on
+    if (++mark_ == 0) mark_ = 1;
+  }
   [[noreturn]] static void repeated(SequenceId id, std::size_t i);
   std::uint32_t enter(SequenceId id, std::size_t i) {  // ids[i] is live and new to this batch
     const std::uint32_t slot = sequences_.slot(id);

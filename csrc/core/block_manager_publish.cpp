@@ -11,7 +11,7 @@ namespace pagedkv {
 std::size_t BlockManager::check_record(std::span<const SequenceId> ids,
                                        std::span<const Token> tokens, Numbers counts) {
   if (counts) check_sizes(ids.size(), counts->size(), "counts");
-  begin_batch(ids.size());
+  begin_batch();
   std::int64_t total = 0;
   std::size_t num_nodes = 0;
   std::int32_t longest = 0;

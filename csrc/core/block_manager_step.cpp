@@ -19,7 +19,7 @@ std::int64_t BlockManager::decide(std::span<const SequenceId> ids, Numbers count
         " entries, expected at most max_batch = " + std::to_string(config_.max_batch));
   }
   if (counts) check_sizes(ids.size(), counts->size(), "counts");
-  begin_batch(ids.size());
+  begin_batch();
   entries.clear();
   entries.reserve(ids.size());
   std::int64_t needed = 0;

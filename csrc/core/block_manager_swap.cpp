@@ -22,7 +22,7 @@ TransferPlan BlockManager::swap_in(std::span<const SequenceId> ids) {
 TransferPlan BlockManager::move(std::span<const SequenceId> ids, Tier source, Tier target) {
   require_no_open_step();
   require_host_tier();
-  begin_batch(ids.size());
+  begin_batch();
   tips_.clear();
   for (std::size_t i = 0; i < ids.size(); ++i) {
     const std::uint32_t slot = enter(ids[i], i);
@@ -204,7 +204,7 @@ std::span<Token> BlockManager::want(std::uint32_t slot, std::int32_t first_block
 
 void BlockManager::drop(std::span<const SequenceId> ids) {
   require_no_open_step();
-  begin_batch(ids.size());
+  begin_batch();
   for (std::size_t i = 0; i < ids.size(); ++i) require_path(enter(ids[i], i));
   for (const SequenceId id : ids) drop_path(sequences_.slot(id));
 }
@@ -231,7 +231,7 @@ void BlockManager::drop_path(std::uint32_t slot) {
 
 void BlockManager::restore(std::span<const SequenceId> ids) {
   require_no_open_step();
-  begin_batch(ids.size());
+  begin_batch();
   for (std::size_t i = 0; i < ids.size(); ++i) {
     if (sequences_[enter(ids[i], i)].dropped) continue;
     throw InvalidState("ids[" + std::to_string(i) +

@@ -267,8 +267,9 @@ class Program {
   void fork() {
     if (texts_.empty()) return;
     Text copy = texts_[pick()];
-    std::vector<SequenceId> ids(static_cast<std::size_t>(bytes_.below(4)));
-    if (!both([&](BlockManager& m) { m.fork(copy.id, ids); })) return;
+    const std::int64_t n = bytes_.below(4);
+    std::vector<SequenceId> ids;
+    if (!both([&](BlockManager& m) { ids = m.fork(copy.id, n); })) return;
     expect(ids[0] == copy.id, "the first is the sequence itself");
     for (std::size_t i = 1; i < ids.size(); ++i) {
       copy.id = ids[i];

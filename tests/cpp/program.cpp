@@ -93,8 +93,8 @@ class Program : World {
   // in the block that they read.
   void leave_behind() {
     for (const SequenceId id : some(1)) {
-      std::vector<SequenceId> ids(2);
-      if (!attempt("fork", [&] { manager_->fork(id, ids); })) return;
+      std::vector<SequenceId> ids;
+      if (!attempt("fork", [&] { ids = manager_->fork(id, 2); })) return;
       texts_[ids[1]] = Text(texts_.at(id));
       TransferPlan plan;
       if (attempt("swap out", [&] { plan = manager_->swap_out({{ids[1]}}); })) submit(plan);
@@ -107,9 +107,9 @@ class Program : World {
   // brings.
   void join() {
     for (const SequenceId id : some(1)) {
-      std::vector<SequenceId> ids(2);
+      std::vector<SequenceId> ids;
       if (manager_->tier(id) != Tier::host) swap("swap out", {id}, &BlockManager::swap_out);
-      if (!attempt("fork", [&] { manager_->fork(id, ids); })) return;
+      if (!attempt("fork", [&] { ids = manager_->fork(id, 2); })) return;
       texts_[ids[1]] = Text(texts_.at(id));
       if (chance(2)) device_->hold_next();
       swap("swap in", {ids[0]}, &BlockManager::swap_in);
@@ -120,8 +120,9 @@ class Program : World {
 
   void fork() {
     for (const SequenceId id : some(1)) {
-      std::vector<SequenceId> ids(static_cast<std::size_t>(1 + below(3)));
-      if (!attempt("fork", [&] { manager_->fork(id, ids); })) continue;
+      const std::int64_t n = 1 + below(3);
+      std::vector<SequenceId> ids;
+      if (!attempt("fork", [&] { ids = manager_->fork(id, n); })) continue;
       for (const SequenceId child : ids) texts_[child] = Text(texts_.at(id));
     }
   }

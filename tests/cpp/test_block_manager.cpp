@@ -118,9 +118,7 @@ TEST_CASE("a parent that is colder than its child waits for it") {
   BlockManager m(config(8));
   const SequenceId a = admit(m, tokens(12, 1));
   std::int64_t shorter = 4;
-  SequenceId fork[2];
-  m.fork(a, fork);
-  release(m, fork[1]);
+  release(m, m.fork(a, 2)[1]);
   m.truncate({&a, 1}, {&shorter, 1});  // abandons two blocks to the cold end
   release(m, a);                       // the first one: the hot end
   CHECK(m.stats().device.num_cached == 3);
@@ -147,8 +145,7 @@ TEST_CASE("long chains are evicted, cleared and released without recursion") {
 
 TEST_CASE("rollback leaves paths, lengths and counts as they were") {
   BlockManager m(config(20));
-  SequenceId ids[3];
-  m.fork(admit(m, tokens(6)), ids);
+  const std::vector<SequenceId> ids = m.fork(admit(m, tokens(6)), 3);
   const Stats before = m.stats();
   for (int round = 0; round < 3; ++round) {
     const std::int64_t counts[3] = {1, 9, 3};

@@ -219,12 +219,10 @@ TEST_CASE("a step goes up in one copy: its arrays, its copies and the changes of
                         .max_batch = kShape.max_batch,
                         .max_model_len = kShape.table_stride * kBlockSize});
   std::vector<SequenceId> ids{manager.create_anonymous()};
-  std::vector<SequenceId> forked(3);
   std::int64_t num_copies = 0, num_updates = 0;
   for (int turn = 0; turn < 12; ++turn) {
     if (turn == 2) {
-      manager.fork(ids[0], forked);
-      ids = forked;
+      ids = manager.fork(ids[0], 3);
     }
     const StepPlan& plan = manager.append(ids, std::vector<Token>(ids.size()),
                                           std::vector<std::int64_t>(ids.size(), 1));
