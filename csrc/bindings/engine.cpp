@@ -53,7 +53,7 @@ auto enter_long(PyEngine& self, F&& call) {
 
 std::unique_ptr<PyEngine> make_engine(std::shared_ptr<Device> device, const py::sequence& regions,
                                       std::int32_t num_device_blocks, std::int32_t num_host_blocks,
-                                      int max_in_flight, py::object owner) {
+                                      py::object owner) {
   std::vector<BlockRegion> list;
   for (const py::handle item : regions) {
     const auto t = item.cast<py::tuple>();
@@ -63,8 +63,7 @@ std::unique_ptr<PyEngine> make_engine(std::shared_ptr<Device> device, const py::
   auto self = std::make_unique<PyEngine>();
   self->owner = std::move(owner);
   self->engine = std::make_unique<TransferEngine>(
-      std::move(device), std::move(list),
-      EngineOptions{num_device_blocks, num_host_blocks, max_in_flight});
+      std::move(device), std::move(list), EngineOptions{num_device_blocks, num_host_blocks});
   return self;
 }
 
@@ -92,7 +91,7 @@ void bind_engine_class(py::module_& m) {
       "Carries out transfer plans on a device. Keeps `owner`, whose memory it is, alive.")
       .def(py::init(&make_engine), py::arg("device"), py::arg("regions"),
            py::arg("num_device_blocks"), py::arg("num_host_blocks"), py::kw_only(),
-           py::arg("max_in_flight") = 8, py::arg("owner") = py::none())
+           py::arg("owner") = py::none())
       .def(
           "submit",
           [](PyEngine& self, const TransferPlan& plan) {
@@ -209,12 +208,7 @@ void bind_engine(py::module_& m) {
       });
   py::class_<HostDevice, Device, std::shared_ptr<HostDevice>>(
       m, "HostDevice", py::is_final(), "This process: copies run on worker threads.")
-      .def(py::init([](int num_workers) {
-             HostOptions options;
-             options.num_workers = num_workers;
-             return std::make_shared<HostDevice>(options);
-           }),
-           py::arg("num_workers") = 2);
+      .def(py::init([] { return std::make_shared<HostDevice>(); }));
   bind_simulated_device(m);
   bind_engine_class(m);
 }

@@ -353,7 +353,7 @@ class Device(_Object):
 class HostDevice(Device):
     """This process: copies run on worker threads, at most as many as the machine has."""
 
-    def __init__(self, num_workers: int = 2) -> None: ...
+    def __init__(self) -> None: ...
 
 @final
 class SimulatedDevice(Device):
@@ -402,7 +402,6 @@ class TransferEngine(_Object):
 
     Args:
         regions: what a block consists of: (address in block 0, bytes from block to block, bytes).
-        max_in_flight: transfers that are given to the device at a time.
         owner: of the memory in `regions`; kept alive.
 
     Raises DeviceError if the host tier's memory cannot be had.
@@ -410,7 +409,7 @@ class TransferEngine(_Object):
 
     def __init__(
         self, device: Device, regions: Sequence[tuple[int, int, int]], num_device_blocks: int,
-        num_host_blocks: int, *, max_in_flight: int = 8, owner: object = None,
+        num_host_blocks: int, *, owner: object = None,
     ) -> None: ...  # fmt: skip
     def submit(self, plan: TransferPlan) -> None:
         """Queue a plan behind all that the caller's stream was given."""
