@@ -40,6 +40,8 @@ class CopyMethods {
   // Whether there is a call for a batch, and kernels can reach pinned host memory.
   explicit CopyMethods(bool has_batch, bool has_kernel = true);
 
+  bool has(CopyMethod method) const;
+
   // For pieces that make up `num_host_ranges` contiguous ranges of host memory.
   CopyMethod choose(Direction direction, std::span<const CopyRun> runs,
                     std::size_t num_host_ranges) const;
@@ -57,7 +59,6 @@ class CopyMethods {
   using Rates = std::array<double, kCopyMethods.size()>;  // 0: not measured, or not to be had
   using Entries = std::array<std::array<Rates, kNumPieces.size()>, kPieceBytes.size()>;
 
-  bool has(CopyMethod method) const;
   CopyMethod best(const Rates& rates, bool neighbours, bool many) const;
 
   bool has_batch_;

@@ -30,11 +30,11 @@ CudaDevice::Guard::~Guard() {
 }
 
 CudaDevice::CudaDevice(std::shared_ptr<CudaRuntime> runtime, const CudaOptions& options)
-    : runtime_(std::move(runtime)), options_(options), process_(::getpid()), methods_(false) {
+    : runtime_(std::move(runtime)),
+      options_(options),
+      process_(::getpid()),
+      methods_(available_methods()) {
   const Guard guard(*this);
-  const bool reaches_host = runtime_->reaches_host();
-  has_batch_ = reaches_host && runtime_->has_copy_batch();
-  methods_ = CopyMethods(has_batch_, reaches_host);
   check(runtime_->load_kernels(), "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   ring_ = std::make_unique<UploadRing>(*this, runtime_, options_.ring_bytes);
   transfer_ring_ = std::make_unique<UploadRing>(*this, runtime_, options_.ring_bytes);
@@ -120,7 +120,7 @@ Stream CudaDevice::make_stream() {
   CudaStream stream = nullptr;
   check(runtime_->create_stream(&stream), "cudaStreamCreateWithFlags");
   streams_.push_back(stream);
-  if (methods_.may_stage() && staging(stream) == nullptr) methods_.rule_out_staging();
+  if (methods_.may_stage()) staging(stream);  // now, while there is memory
   return ours(stream);
 }
 

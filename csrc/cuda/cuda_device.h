@@ -126,6 +126,7 @@ class CudaDevice final : public Device {
   EventState& find(Event event);
   PinnedMemory* find_host(const std::byte* address) const;
   Prepared prepare(std::span<const CopyRun> runs);
+  CopyMethods available_methods();
   bool can_batch(CudaStream stream) const;
   void copy_by(CopyMethod method, CudaStream stream, Direction direction,
                std::span<const CopyRun> sorted);
@@ -152,11 +153,10 @@ class CudaDevice final : public Device {
   std::vector<std::unique_ptr<PinnedMemory>> host_;
   std::unique_ptr<UploadRing> ring_;           // of steps
   std::unique_ptr<UploadRing> transfer_ring_;  // of transfers, which no step has to wait for
-  CopyMethods methods_;
-  bool has_batch_ = false;
-  std::string lost_;  // why, once it is
+  std::string lost_;                           // why, once it is
   bool closed_ = false;
   std::atomic<std::int64_t> num_host_waits_ = 0;
+  CopyMethods methods_;
 };
 
 }  // namespace pagedkv

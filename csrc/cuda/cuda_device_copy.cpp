@@ -60,10 +60,7 @@ void CudaDevice::copy(Stream stream, std::span<const CopyRun> runs) {
   if (all.is_pinned) {
     method = methods_.choose(all.direction, all.runs, num_host_ranges(all.runs, all.direction));
   }
-  if (method == CopyMethod::staged && staging(cuda(stream)) == nullptr) {
-    methods_.rule_out_staging();
-    method = CopyMethod::batch;
-  }
+  if (method == CopyMethod::staged && staging(cuda(stream)) == nullptr) method = CopyMethod::batch;
   if (method == CopyMethod::batch && !can_batch(cuda(stream))) method = CopyMethod::loop;
   try {
     copy_by(method, cuda(stream), all.direction, all.runs);
@@ -75,8 +72,16 @@ void CudaDevice::copy(Stream stream, std::span<const CopyRun> runs) {
   }
 }
 
+CopyMethods CudaDevice::available_methods() {
+  const Guard guard(*this);
+  const bool reaches_host = runtime_->reaches_host();
+  return CopyMethods(reaches_host && runtime_->has_copy_batch(), reaches_host);
+}
+
 // CUDA refuses batched copies on the legacy default stream.
-bool CudaDevice::can_batch(CudaStream stream) const { return has_batch_ && !is_legacy(stream); }
+bool CudaDevice::can_batch(CudaStream stream) const {
+  return methods_.has(CopyMethod::batch) && !is_legacy(stream);
+}
 
 void CudaDevice::copy_by(CopyMethod method, CudaStream stream, Direction direction,
                          std::span<const CopyRun> sorted) {
@@ -109,7 +114,8 @@ void CudaDevice::copy_by_batch(CudaStream stream, std::span<const CopyRun> runs)
   }
 }
 
-// The staging of a stream, whose order keeps its rounds apart. Null if there is no memory for it.
+// The staging of a stream, whose order keeps its rounds apart. Null if there is no memory for it:
+// then no copy asks for it any more.
 std::byte* CudaDevice::staging(CudaStream stream) {
   for (const auto& [owner, memory] : staging_) {
     if (owner == stream) return static_cast<std::byte*>(memory);
@@ -119,6 +125,7 @@ std::byte* CudaDevice::staging(CudaStream stream) {
   if (is_sticky(code)) check(code, "cudaMalloc");
   if (code != 0) {
     runtime_->clear_error();
+    methods_.rule_out_staging();
     return nullptr;
   }
   staging_.emplace_back(stream, memory);
