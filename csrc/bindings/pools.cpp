@@ -101,9 +101,6 @@ void bind_pools(py::module_& m) {
           [](Pool& self, const StepPlanHandle& plan) { self.begin_step(plan.plan()); },
           py::arg("plan"))
       .def(
-          "apply", [](Pool& self, const StepPlanHandle& plan) { self.apply(plan.plan()); },
-          py::arg("plan"))
-      .def(
           "copy_blocks",
           [](Pool& self, std::uintptr_t copies, std::size_t num_copies) {
             self.copy_blocks({pointer<const std::int32_t>(copies), 3 * num_copies});

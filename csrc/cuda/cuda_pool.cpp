@@ -62,19 +62,6 @@ void CudaPool::begin_step(const StepPlan& plan) {
   copy_blocks({copies, 3 * plan.copies.size()});
 }
 
-void CudaPool::apply(const StepPlan& plan) {
-  const std::span<const std::int32_t> cells = cells_of(plan.copies);
-  if (cells.empty()) return;
-  shapes_.check_copies(cells);
-  const CudaDevice::Guard guard(*device_);
-  device_->ring().upload(
-      device_->stream(), cells.size_bytes(),
-      [&](std::byte* host) { std::memcpy(host, cells.data(), cells.size_bytes()); },
-      [&](std::byte* up) {
-        copy_blocks({reinterpret_cast<const std::int32_t*>(up), cells.size()});
-      });
-}
-
 void CudaPool::copy_blocks(std::span<const std::int32_t> copies) {
   launch(CopyBlocks::make(static_cast<const Region*>(regions_),
                           static_cast<std::int32_t>(shapes_.regions().size()), copies.data(),

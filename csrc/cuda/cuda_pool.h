@@ -21,7 +21,6 @@ class CudaPool final : public Pool {
   ~CudaPool() override;
 
   void begin_step(const StepPlan& plan) override;
-  void apply(const StepPlan& plan) override;
   const StepMemory& step() const { return step_; }
 
   void copy_blocks(std::span<const std::int32_t> copies) override;

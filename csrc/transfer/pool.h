@@ -34,10 +34,7 @@ class Pool {
 
   // Before a step's first work, on the stream that the caller is going to use for it: brings the
   // plan's arrays to the tensors, and carries out its copies.
-  virtual void begin_step(const StepPlan& plan) { apply(plan); }
-
-  // The copies of a plan alone, which may be another manager's.
-  virtual void apply(const StepPlan& plan) {
+  virtual void begin_step(const StepPlan& plan) {
     if (!plan.copies.empty()) copy_blocks(cells_of(plan.copies));
   }
 

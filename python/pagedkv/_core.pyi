@@ -446,13 +446,11 @@ class Pool(_Object):
         regions: (address, bytes from block to block, bytes of a token), one per tensor.
         num_blocks: blocks in each region, block 0 among them.
 
-    A HostPool raises ValueError, before it touches memory, for a block or slot outside of it.
+    A HostPool raises InvalidSpec, before it touches memory, for a block or slot outside of it.
     """
 
     def begin_step(self, plan: StepPlan) -> None:
         """Bring the plan's arrays to where the tensors are, and carry out its copies."""
-    def apply(self, plan: StepPlan) -> None:
-        """Carry out the copies of a plan, which may be another manager's."""
     def copy_blocks(self, copies: int, num_copies: int) -> None:
         """Rows of int32: source block, target block, tokens."""
     def write(

@@ -184,31 +184,10 @@ TEST_CASE("what can be seen to be wrong is refused before anything is queued") {
   const BlockCopy copy{BlockId{0}, BlockId{kBlocks}, 1};
   StepPlan plan;
   plan.copies = {&copy, 1};
-  CHECK_THROWS_AS(w.pool->apply(plan), std::invalid_argument);
+  CHECK_THROWS_AS(w.pool->begin_step(plan), std::invalid_argument);
   CHECK(w.runtime->num_calls("scatter_kv") == 0);
   CHECK(w.runtime->num_calls("copy_blocks") == 0);
   CHECK(w.runtime->num_calls("gather_kv") == 0);
-  w.check_nothing_left();
-}
-
-TEST_CASE("a plan of another manager is applied with its own copies, whatever step is open") {
-  World w(1);
-  const BlockCopy mine{BlockId{1}, BlockId{6}, 2}, others{BlockId{2}, BlockId{7}, 3};
-  StepPlan plan;
-  plan.step = 1;
-  plan.table_stride = kShape.table_stride;
-  plan.copies = {&mine, 1};
-  const std::int32_t starts[] = {0};
-  plan.query_starts = starts;
-  w.pool->begin_step(plan);
-  w.host->apply(plan);
-  std::vector<BlockCopy> buffer{others};
-  plan.copies = buffer;
-  w.pool->apply(plan);
-  w.host->apply(plan);
-  buffer[0] = {BlockId{3}, BlockId{8}, 4};  // it is the caller's again
-  w.pool->synchronize();
-  CHECK(w.memory[0] == w.memory[1]);
   w.check_nothing_left();
 }
 
