@@ -43,8 +43,6 @@ void bind_errors(py::module_&) {
       raise("ConcurrentUse", e.what());
     } catch (const BrokenInvariant& e) {
       raise("BrokenInvariant", e.what());
-    } catch (const std::invalid_argument& e) {
-      raise("InvalidSpec", e.what());
     } catch (const std::length_error& e) {
       raise("InvalidSpec", std::string("a size is past what memory can hold: ") + e.what());
     }

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <stdexcept>
 #include <vector>
 
+#include "core/error.h"
 #include "host/attend_row.h"
 #include "host/parallel.h"
 
@@ -28,12 +28,12 @@ RowShape shape_of(const HostPool& pool, const TableView& table,
   shape.v_dim = shape.values.token_bytes / head_bytes;
   if (shape.k_dim % kLanes != 0 || shape.v_dim % kLanes != 0 || rows.group < 1 ||
       shape.keys.token_bytes % head_bytes != 0 || shape.values.token_bytes % head_bytes != 0) {
-    throw std::invalid_argument("attend: expected heads of a multiple of 8 elements");
+    throw InvalidSpec("attend: expected heads of a multiple of 8 elements");
   }
   for (std::size_t b = 0; b < seq_lens.size(); ++b) {
     const std::int64_t first = asked_first(rows, b);
     if (first < 0 || first >= seq_lens[b]) {
-      throw std::invalid_argument("attend: expected rows that see a token");
+      throw InvalidSpec("attend: expected rows that see a token");
     }
   }
   return shape;

@@ -30,8 +30,8 @@ struct DecodeRows {
 
 // Row b is table's row b, seq_lens[b] tokens long with the new one, which is in its block and which
 // it sees. k_dim and v_dim have to be multiples of 8. On up to num_threads threads, as far as there
-// is work for them: long rows are read in pieces. std::invalid_argument, before anything is
-// written, for a block outside the pool.
+// is work for them: long rows are read in pieces. InvalidSpec, before anything is written,
+// for a block outside the pool.
 void attend(const HostPool& pool, const TableView& table, std::span<const std::int32_t> seq_lens,
             const DecodeRows& rows, int num_threads = 1);
 

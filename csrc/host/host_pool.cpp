@@ -3,15 +3,15 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
-#include <stdexcept>
-#include <string>
+
+#include "core/error.h"
 
 namespace pagedkv {
 
 namespace {
 
 void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
+  if (!holds) throw InvalidSpec(what);
 }
 
 template <std::size_t kBytes>

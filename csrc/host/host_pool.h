@@ -38,7 +38,7 @@ class HostPool final : public Pool {
     return static_cast<std::uint32_t>(block) < static_cast<std::uint32_t>(num_blocks_) ? block : 0;
   }
 
-  // What the calls above check first; std::invalid_argument says what is wrong.
+  // What the calls above check first; InvalidSpec says what is wrong.
   const Region& region(std::size_t i) const;
   void check_copies(std::span<const std::int32_t> copies) const;
   void check_slots(std::size_t region, std::span<const std::int64_t> slots) const;

@@ -108,12 +108,7 @@ class Steps(Sequences):
             return transfers.apply(plan, self._order)
         self._order.check_step(plan)
         self._check_blocks(plan)
-        try:
-            return self._begin(plan, None)
-        except InvalidSpec:
-            raise
-        except ValueError as error:  # of a pool, which looks before it touches memory
-            raise InvalidSpec(f"step {plan.step} is not one for this cache: {error}") from error
+        return self._begin(plan, None)
 
     def _check_blocks(self, plan: StepPlan) -> None:
         """A plan of other blocks than those here names slots that its tables do not."""

@@ -176,15 +176,13 @@ TEST_CASE("what can be seen to be wrong is refused before anything is queued") {
   const std::int64_t slots[] = {0};
   const std::int32_t table[] = {1}, tokens[] = {1};
   std::byte target[48];
-  CHECK_THROWS_AS(w.pool->scatter(4, slots, source.data(), 48), std::invalid_argument);
-  CHECK_THROWS_AS(w.pool->gather(0, {table, 1, 1, 1}, 0, tokens, 5, 1, target),
-                  std::invalid_argument);
-  CHECK_THROWS_AS(w.pool->gather(0, {table, 1, 2, 1}, 0, tokens, 1, 1, target),
-                  std::invalid_argument);
+  CHECK_THROWS_AS(w.pool->scatter(4, slots, source.data(), 48), InvalidSpec);
+  CHECK_THROWS_AS(w.pool->gather(0, {table, 1, 1, 1}, 0, tokens, 5, 1, target), InvalidSpec);
+  CHECK_THROWS_AS(w.pool->gather(0, {table, 1, 2, 1}, 0, tokens, 1, 1, target), InvalidSpec);
   const BlockCopy copy{BlockId{0}, BlockId{kBlocks}, 1};
   StepPlan plan;
   plan.copies = {&copy, 1};
-  CHECK_THROWS_AS(w.pool->begin_step(plan), std::invalid_argument);
+  CHECK_THROWS_AS(w.pool->begin_step(plan), InvalidSpec);
   CHECK(w.runtime->num_calls("scatter_kv") == 0);
   CHECK(w.runtime->num_calls("copy_blocks") == 0);
   CHECK(w.runtime->num_calls("gather_kv") == 0);
@@ -270,7 +268,7 @@ TEST_CASE("a plan that is larger than the step memory is refused") {
   CHECK_THROWS_AS(w.pool->begin_step(plan), InvalidSpec);
   const BlockCopy copy{BlockId{1}, BlockId{kBlocks}, 1};
   plan.copies = {&copy, 1};
-  CHECK_THROWS_AS(w.pool->begin_step(plan), std::invalid_argument);
+  CHECK_THROWS_AS(w.pool->begin_step(plan), InvalidSpec);
   CHECK(w.runtime->num_calls("cudaMemcpyAsync") == 1);  // that of the pool itself
   w.check_nothing_left();
 }

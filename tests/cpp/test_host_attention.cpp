@@ -7,9 +7,9 @@
 #include <cstring>
 #include <memory>
 #include <random>
-#include <stdexcept>
 #include <vector>
 
+#include "core/error.h"
 #include "host/host_attention.h"
 
 using namespace pagedkv;
@@ -266,8 +266,7 @@ TEST_CASE(
   Memory memory(Case{.lengths = {20}});
   std::vector<float> outputs(16, 3.0f);
   const auto refused = [&](DecodeRows rows) {
-    CHECK_THROWS_AS(attend(*memory.pool, memory.view(), memory.shape.lengths, rows),
-                    std::invalid_argument);
+    CHECK_THROWS_AS(attend(*memory.pool, memory.view(), memory.shape.lengths, rows), InvalidSpec);
     CHECK(std::ranges::all_of(outputs, [](float x) { return x == 3.0f; }));
   };
   const DecodeRows rows = memory.rows(outputs.data());

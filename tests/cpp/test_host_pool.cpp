@@ -4,9 +4,9 @@
 #include <array>
 #include <cstring>
 #include <limits>
-#include <stdexcept>
 #include <vector>
 
+#include "core/error.h"
 #include "host/host_pool.h"
 
 using namespace pagedkv;
@@ -91,30 +91,29 @@ TEST_CASE("a block or slot outside the pool is refused before memory is touched"
   const auto before = m.bytes;
   const auto token = filled(1);
   const std::array<std::int64_t, 2> slots{0, kBlocks * kBlockSize};
-  CHECK_THROWS_AS(m.pool.scatter(0, slots, token.data(), 0), std::invalid_argument);
-  CHECK_THROWS_AS(m.pool.scatter(1, {slots.data(), 1}, token.data(), 0), std::invalid_argument);
+  CHECK_THROWS_AS(m.pool.scatter(0, slots, token.data(), 0), InvalidSpec);
+  CHECK_THROWS_AS(m.pool.scatter(1, {slots.data(), 1}, token.data(), 0), InvalidSpec);
   for (const std::int64_t negative : {std::int64_t{-1}, std::numeric_limits<std::int64_t>::min()}) {
-    CHECK_THROWS_AS(m.pool.scatter(0, {&negative, 1}, token.data(), 0), std::invalid_argument);
+    CHECK_THROWS_AS(m.pool.scatter(0, {&negative, 1}, token.data(), 0), InvalidSpec);
   }
   const std::int32_t copies[6] = {1, 2, 1, 1, kBlocks, 1};
-  CHECK_THROWS_AS(m.pool.copy_blocks(copies), std::invalid_argument);
+  CHECK_THROWS_AS(m.pool.copy_blocks(copies), InvalidSpec);
   const std::int32_t too_long[3] = {1, 2, kBlockSize + 1};
-  CHECK_THROWS_AS(m.pool.copy_blocks(too_long), std::invalid_argument);
+  CHECK_THROWS_AS(m.pool.copy_blocks(too_long), InvalidSpec);
   std::vector<std::byte> target(64);
   const std::int32_t cell = kBlocks, length = 1, past = kBlockSize + 1;
   const std::int32_t one = 1;
   CHECK_THROWS_AS(m.pool.gather(0, {&cell, 1, 1, 1}, 0, {&length, 1}, 1, 8, target.data()),
-                  std::invalid_argument);
+                  InvalidSpec);
   CHECK_THROWS_AS(m.pool.gather(0, {&one, 1, 1, 1}, 0, {&past, 1}, 1, 8, target.data()),
-                  std::invalid_argument);
+                  InvalidSpec);
   CHECK_THROWS_AS(m.pool.gather(0, {&one, 1, 1, 1}, 0, {&length, 1}, 4, 8, target.data()),
-                  std::invalid_argument);
+                  InvalidSpec);
   CHECK(m.bytes == before);
 }
 
 TEST_CASE("regions whose blocks overlap are refused") {
   std::byte memory[64];
-  CHECK_THROWS_AS(HostPool({{memory, kTokenBytes, kTokenBytes}}, 2, kBlockSize),
-                  std::invalid_argument);
-  CHECK_THROWS_AS(HostPool({{nullptr, 64, kTokenBytes}}, 2, kBlockSize), std::invalid_argument);
+  CHECK_THROWS_AS(HostPool({{memory, kTokenBytes, kTokenBytes}}, 2, kBlockSize), InvalidSpec);
+  CHECK_THROWS_AS(HostPool({{nullptr, 64, kTokenBytes}}, 2, kBlockSize), InvalidSpec);
 }
