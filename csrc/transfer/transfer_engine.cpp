@@ -130,18 +130,17 @@ void TransferEngine::submit(const TransferPlan& plan) {
     transfers_.pop_back();
     throw;
   }
-  while (num_issued() < static_cast<std::size_t>(options_.max_in_flight) && issue_next()) {
-  }
+  issue_queued();
 }
 
-// Issues the first that is not; false if there is none.
-bool TransferEngine::issue_next() {
+// Issues what is queued, as far as max_in_flight and the device let it.
+void TransferEngine::issue_queued() {
   for (Transfer& transfer : transfers_) {
     if (transfer.state == State::issued || transfer.state == State::void_) continue;
+    if (num_issued() >= static_cast<std::size_t>(options_.max_in_flight)) return;
     issue(transfer);
-    return transfer.state != State::copying;
+    if (transfer.state == State::copying) return;
   }
-  return false;
 }
 
 void TransferEngine::issue_up_to(TransferId id) {
@@ -150,8 +149,7 @@ void TransferEngine::issue_up_to(TransferId id) {
     if (transfer.state == State::queued || transfer.state == State::copying) issue(transfer);
     if (transfer.state != State::copying) continue;
     throw DeviceError("transfer " + text(transfer.id) +
-                      " cannot be waited for: the device refuses "
-                      "an event");
+                      " cannot be waited for: the device refuses an event");
   }
 }
 
@@ -195,8 +193,8 @@ std::vector<const TransferEngine::Transfer*> TransferEngine::with_what_they_wait
     std::span<const TransferId> ids) const {
   std::vector<TransferId> wanted(ids.begin(), ids.end());
   std::vector<const Transfer*> found;
-  for (auto it = transfers_.rbegin(); it != transfers_.rend();
-       ++it) {  // who waits has the higher id
+  for (auto it = transfers_.rbegin(); it != transfers_.rend(); ++it) {
+    // Whoever waits has a higher id than what it waits for.
     if (std::ranges::find(wanted, it->id) == wanted.end()) continue;
     found.push_back(&*it);
     if (it->state != State::void_) continue;
@@ -294,8 +292,7 @@ std::vector<TransferEngine::Ended> TransferEngine::poll() {
       ++it;
     }
   }
-  while (num_issued() < static_cast<std::size_t>(options_.max_in_flight) && issue_next()) {
-  }
+  issue_queued();
   return all;
 }
 

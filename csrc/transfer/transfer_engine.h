@@ -98,7 +98,7 @@ class TransferEngine {
   Stream compute_stream();
   Stream stream(Tier target) const { return target == Tier::host ? out_ : in_; }
   std::vector<CopyRun> runs_of(const TransferPlan& plan) const;
-  bool issue_next();
+  void issue_queued();
   void issue_up_to(TransferId id);
   void issue(Transfer& transfer);
   Event record_if_possible(Stream stream);
