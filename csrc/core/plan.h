@@ -97,4 +97,19 @@ struct Stats {
   std::int64_t metadata_bytes = 0;
 };
 
+// The tree at one moment, one entry a node, parents before children.
+struct Snapshot {
+  std::vector<std::int32_t> parents;  // position in these vectors; -1: a root
+  std::vector<std::int32_t> blocks;   // on the device; 0: none
+  std::vector<std::int32_t> num_tokens;
+  std::vector<std::int32_t> counts;
+  std::vector<std::int32_t> host_blocks;
+  std::vector<std::int32_t> host_counts;
+  std::vector<bool> published;
+  std::vector<std::int64_t> sequence_ids;
+  std::vector<std::int32_t> sequence_nodes;  // -1: empty
+  std::vector<std::int64_t> sequence_lengths;
+  std::vector<std::uint8_t> sequence_tiers;
+};
+
 }  // namespace pagedkv
