@@ -119,8 +119,8 @@ void bind_pool(py::module_& m) {
                        std::int32_t num_blocks, std::int32_t block_size, std::int32_t max_batch,
                        std::int64_t max_tokens, std::int32_t table_stride,
                        std::uintptr_t step_memory, const py::object&) {
-             return std::make_unique<CudaPool>(std::move(device), regions_of(regions), num_blocks,
-                                               block_size,
+             return std::make_unique<CudaPool>(std::move(device), runs_of<Region>(regions),
+                                               num_blocks, block_size,
                                                StepShape{max_batch, max_tokens, table_stride},
                                                reinterpret_cast<std::byte*>(step_memory));
            }),

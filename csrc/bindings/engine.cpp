@@ -51,19 +51,15 @@ auto enter_long(PyEngine& self, F&& call) {
   });
 }
 
-std::unique_ptr<PyEngine> make_engine(std::shared_ptr<Device> device, const py::sequence& regions,
+std::unique_ptr<PyEngine> make_engine(std::shared_ptr<Device> device,
+                                      const py::sequence& block_runs,
                                       std::int32_t num_device_blocks, std::int32_t num_host_blocks,
                                       py::object owner) {
-  std::vector<BlockRegion> list;
-  for (const py::handle item : regions) {
-    const auto t = item.cast<py::tuple>();
-    list.push_back({reinterpret_cast<std::byte*>(t[0].cast<std::uintptr_t>()),
-                    t[1].cast<std::int64_t>(), t[2].cast<std::int64_t>()});
-  }
   auto self = std::make_unique<PyEngine>();
   self->owner = std::move(owner);
-  self->engine = std::make_unique<TransferEngine>(
-      std::move(device), std::move(list), EngineOptions{num_device_blocks, num_host_blocks});
+  self->engine =
+      std::make_unique<TransferEngine>(std::move(device), runs_of<BlockRun>(block_runs),
+                                       EngineOptions{num_device_blocks, num_host_blocks});
   return self;
 }
 
@@ -89,7 +85,7 @@ void bind_engine_class(py::module_& m) {
   py::class_<PyEngine>(
       m, "TransferEngine", py::is_final(),
       "Carries out transfer plans on a device. Keeps `owner`, whose memory it is, alive.")
-      .def(py::init(&make_engine), py::arg("device"), py::arg("regions"),
+      .def(py::init(&make_engine), py::arg("device"), py::arg("block_runs"),
            py::arg("num_device_blocks"), py::arg("num_host_blocks"), py::kw_only(),
            py::arg("owner") = py::none())
       .def(

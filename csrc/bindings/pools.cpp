@@ -84,16 +84,6 @@ void write_tokens(Pool& pool, std::size_t layer, std::uintptr_t slots, std::size
   });
 }
 
-std::vector<Region> regions_of(const py::list& regions) {
-  std::vector<Region> list;
-  for (const py::handle item : regions) {
-    const auto t = item.cast<py::tuple>();
-    list.push_back({pointer<std::byte>(t[0].cast<std::uintptr_t>()), t[1].cast<std::int64_t>(),
-                    t[2].cast<std::int64_t>()});
-  }
-  return list;
-}
-
 void bind_pools(py::module_& m) {
   py::class_<Pool>(m, "Pool", "What a step does with its tensors, which the caller keeps alive.")
       .def(
@@ -115,7 +105,7 @@ void bind_pools(py::module_& m) {
   py::class_<HostPool, Pool>(m, "HostPool", py::is_final(), "In host memory, at once.")
       .def(py::init([](const py::list& regions, std::int32_t num_blocks, std::int32_t block_size,
                        const py::object&) {
-             return std::make_unique<HostPool>(regions_of(regions), num_blocks, block_size);
+             return std::make_unique<HostPool>(runs_of<Region>(regions), num_blocks, block_size);
            }),
            py::arg("regions"), py::arg("num_blocks"), py::arg("block_size"),
            py::arg("owner") = py::none(), py::keep_alive<1, 5>())
@@ -128,7 +118,7 @@ void bind_pools(py::module_& m) {
                                   "On the compute stream of a simulated device.")
       .def(py::init([](std::shared_ptr<SimulatedDevice> device, const py::list& regions,
                        std::int32_t num_blocks, std::int32_t block_size, const py::object&) {
-             return std::make_unique<SimulatedPool>(std::move(device), regions_of(regions),
+             return std::make_unique<SimulatedPool>(std::move(device), runs_of<Region>(regions),
                                                     num_blocks, block_size);
            }),
            py::arg("device"), py::arg("regions"), py::arg("num_blocks"), py::arg("block_size"),

@@ -13,8 +13,17 @@
 
 namespace pagedkv {
 
-// (address, bytes from block to block, bytes of a token) of each region.
-std::vector<Region> regions_of(const pybind11::list& regions);
+// Of tuples (address in block 0, bytes from block to block, bytes): a Region each, or a BlockRun.
+template <class Run>
+std::vector<Run> runs_of(const pybind11::sequence& tuples) {
+  std::vector<Run> runs;
+  for (const pybind11::handle item : tuples) {
+    const auto t = item.cast<pybind11::tuple>();
+    runs.push_back({reinterpret_cast<std::byte*>(t[0].cast<std::uintptr_t>()),
+                    t[1].cast<std::int64_t>(), t[2].cast<std::int64_t>()});
+  }
+  return runs;
+}
 
 // Token t of a layer's keys and values, at k + t * k_stride and v + t * v_stride, goes to slots[t].
 void write_tokens(Pool& pool, std::size_t layer, std::uintptr_t slots, std::size_t num_tokens,

@@ -13,11 +13,11 @@ std::string text(TransferId id) { return std::to_string(static_cast<std::int64_t
 
 }  // namespace
 
-TransferEngine::TransferEngine(std::shared_ptr<Device> device, std::vector<BlockRegion> regions,
+TransferEngine::TransferEngine(std::shared_ptr<Device> device, std::vector<BlockRun> block_runs,
                                const EngineOptions& options)
-    : device_(std::move(device)), device_regions_(std::move(regions)), options_(options) {
+    : device_(std::move(device)), device_runs_(std::move(block_runs)), options_(options) {
   std::int64_t block_bytes = 0;
-  for (const BlockRegion& region : device_regions_) block_bytes += region.block_bytes;
+  for (const BlockRun& run : device_runs_) block_bytes += run.block_bytes;
   const auto bytes =
       static_cast<std::size_t>((std::int64_t{options_.num_host_blocks} + 1) * block_bytes);
   out_ = device_->make_stream();
@@ -25,9 +25,9 @@ TransferEngine::TransferEngine(std::shared_ptr<Device> device, std::vector<Block
   host_ = device_->allocate_host(bytes);
   host_bytes_ = bytes;
   std::byte* base = host_;
-  for (const BlockRegion& region : device_regions_) {
-    host_regions_.push_back({base, block_bytes, region.block_bytes});
-    base += region.block_bytes;
+  for (const BlockRun& run : device_runs_) {
+    host_runs_.push_back({base, block_bytes, run.block_bytes});
+    base += run.block_bytes;
   }
 }
 
@@ -93,9 +93,9 @@ std::vector<CopyRun> TransferEngine::runs_of(const TransferPlan& plan) const {
   }
   std::ranges::sort(copies);
   std::vector<CopyRun> runs;
-  for (std::size_t r = 0; r < device_regions_.size(); ++r) {
-    const BlockRegion& from = out ? device_regions_[r] : host_regions_[r];
-    const BlockRegion& to = out ? host_regions_[r] : device_regions_[r];
+  for (std::size_t r = 0; r < device_runs_.size(); ++r) {
+    const BlockRun& from = out ? device_runs_[r] : host_runs_[r];
+    const BlockRun& to = out ? host_runs_[r] : device_runs_[r];
     const bool dense = from.block_stride == from.block_bytes && to.block_stride == to.block_bytes;
     for (std::size_t i = 0; i < copies.size();) {
       std::size_t n = 1;

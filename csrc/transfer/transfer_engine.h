@@ -23,10 +23,9 @@
 
 namespace pagedkv {
 
-// One tensor's share of every block of the device tier, a contiguous run of `block_bytes` at
-// base + block * block_stride. The host tier has the same regions, one behind the other in every
-// block.
-struct BlockRegion {
+// A contiguous part of every block of the device tier, `block_bytes` at base + block *
+// block_stride. The host tier has the same runs, one behind the other in every block.
+struct BlockRun {
   std::byte* base;
   std::int64_t block_stride;
   std::int64_t block_bytes;
@@ -48,7 +47,7 @@ class TransferEngine {
   };
 
   // Allocates the host tier. Throws DeviceError if its memory cannot be had.
-  TransferEngine(std::shared_ptr<Device> device, std::vector<BlockRegion> regions,
+  TransferEngine(std::shared_ptr<Device> device, std::vector<BlockRun> block_runs,
                  const EngineOptions& options);
   // close(). If that is refused, the host tier's memory is left to the device.
   ~TransferEngine();
@@ -112,8 +111,8 @@ class TransferEngine {
   void check_open() const;
 
   std::shared_ptr<Device> device_;
-  std::vector<BlockRegion> device_regions_;
-  std::vector<BlockRegion> host_regions_;
+  std::vector<BlockRun> device_runs_;
+  std::vector<BlockRun> host_runs_;
   EngineOptions options_;
   std::byte* host_ = nullptr;
   std::size_t host_bytes_ = 0;

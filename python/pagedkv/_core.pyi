@@ -401,14 +401,14 @@ class TransferEngine(_Object):
     """Carries out transfer plans on a device.
 
     Args:
-        regions: what a block consists of: (address in block 0, bytes from block to block, bytes).
-        owner: of the memory in `regions`; kept alive.
+        block_runs: what a block consists of: (address in block 0, bytes between blocks, bytes).
+        owner: of the memory in `block_runs`; kept alive.
 
     Raises DeviceError if the host tier's memory cannot be had.
     """
 
     def __init__(
-        self, device: Device, regions: Sequence[tuple[int, int, int]], num_device_blocks: int,
+        self, device: Device, block_runs: Sequence[tuple[int, int, int]], num_device_blocks: int,
         num_host_blocks: int, *, owner: object = None,
     ) -> None: ...  # fmt: skip
     def submit(self, plan: TransferPlan) -> None:

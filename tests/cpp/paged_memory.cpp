@@ -13,9 +13,9 @@ PagedMemory::PagedMemory(std::shared_ptr<SimulatedDevice> device, std::int64_t n
   }
 }
 
-std::vector<BlockRegion> PagedMemory::regions() {
+std::vector<BlockRun> PagedMemory::block_runs() {
   constexpr std::int64_t size = sizeof(Digest);
-  std::vector<BlockRegion> all;
+  std::vector<BlockRun> all;
   for (int r = 0; r < kNumRegions; ++r)
     all.push_back({at(r, 0), strides_[r] * size, block_size_ * size});
   return all;

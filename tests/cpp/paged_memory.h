@@ -41,7 +41,7 @@ class PagedMemory {
   PagedMemory(std::shared_ptr<SimulatedDevice> device, std::int64_t num_blocks,
               std::int64_t block_size);
 
-  std::vector<BlockRegion> regions();
+  std::vector<BlockRun> block_runs();
   // Queues what a plan says: its copies, then its writes. Row i belongs to texts[i].
   void carry_out(const StepPlan& plan, std::span<const Text* const> texts);
   // Queues a look at all that a sequence with this block table holds.

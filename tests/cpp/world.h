@@ -58,7 +58,7 @@ class World {
     engine.num_device_blocks = static_cast<std::int32_t>(config_.num_device_blocks);
     engine.num_host_blocks = static_cast<std::int32_t>(config_.num_host_blocks);
     engine.max_in_flight = 1 + below(4);
-    engine_ = std::make_unique<TransferEngine>(device, memory_->regions(), engine);
+    engine_ = std::make_unique<TransferEngine>(device, memory_->block_runs(), engine);
   }
 
   // Small, so that the ring wraps and chunks end within a region.
