@@ -1,4 +1,4 @@
-// Who may enter what Python holds: one at a time, and nobody after a broken invariant.
+// Guards an object that Python holds: one call at a time, and none after a broken invariant.
 #pragma once
 
 #include <atomic>

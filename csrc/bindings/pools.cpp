@@ -1,5 +1,5 @@
-// Pools: what a step does with tensors, which Python checked and keeps alive. They, and arrays, are
-// given by address.
+// Pools: what a step does with tensors. These, and arrays, are given by address: Python has checked
+// them and keeps them alive.
 #include "bindings/pools.h"
 
 #include <pybind11/pybind11.h>

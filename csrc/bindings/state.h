@@ -1,4 +1,4 @@
-// What stands behind a Python BlockManager: core, and who may enter it.
+// The state behind a Python BlockManager: core, and the gate that every call goes through.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -29,7 +29,7 @@ inline constexpr const char* kOutputNames[kNumOutputs] = {
     "input_ids",    "slots",  "positions",     "query_starts", "seq_lens",
     "block_tables", "copies", "table_updates", "wait_for"};
 
-// What plans show: memory that others go on with.
+// For the arrays of plans, whose memory others still write to or read.
 inline pybind11::array read_only(pybind11::array array) {
   pybind11::detail::array_proxy(array.ptr())->flags &=
       ~pybind11::detail::npy_api::NPY_ARRAY_WRITEABLE_;

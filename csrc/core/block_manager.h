@@ -71,9 +71,9 @@ class BlockManager {
   TransferPlan swap_in(std::span<const SequenceId> ids);
   // The part of create()'s or restore()'s prompt that only the host still has.
   TransferPlan fetch(SequenceId id);
-  void complete(TransferId transfer);  // all its copies have ended
-  Aborted abort(
-      TransferId transfer);  // they have ended, or will never begin, and count for nothing
+  void complete(TransferId transfer);  // all its copies have ended, and succeeded
+  // Its copies have ended, or will never begin, and count for nothing.
+  Aborted abort(TransferId transfer);
 
   std::vector<TransferId> transfers() const;  // planned and not ended, by ascending id
 

@@ -109,7 +109,7 @@ void BlockManager::publish_chain(Sequence& sequence, std::int32_t first_block) {
       tree_.publish(id);
       continue;
     }
-    // Nobody who runs is made to wait for a transfer: the path stays private beside it.
+    // A sequence that runs is not made to wait for a transfer: its path stays private instead.
     if (transfers_.landing(Tier::device, tree_.block(equal, Tier::device)) != TransferId::none) {
       return;
     }

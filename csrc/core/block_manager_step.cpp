@@ -276,8 +276,7 @@ void BlockManager::require_open(std::int64_t step) const {
   throw InvalidState(open_ ? "step " + std::to_string(step) + " is not the open one, which is " +
                                  std::to_string(plan_.step)
                            : "step " + std::to_string(step) +
-                                 " is not open: it was committed or "
-                                 "rolled back");
+                                 " is not open: it was committed or rolled back");
 }
 
 // Drops the step's tokens from `length` on. What it drops is new and has no other holder.

@@ -42,7 +42,7 @@ struct Place {
 struct alignas(64) Node {
   std::array<Place, kNumTiers> place;
   NodeId parent = NodeId::none;  // none: a root
-  std::uint32_t mark = 0;        // of the last count_missing() that came by
+  std::uint32_t mark = 0;        // of the last begin_count() after which it was visited
   std::uint64_t hash = 0;        // of the path's tokens up to here; valid once the node is complete
   std::uint16_t fill = 0;        // tokens written
   std::uint16_t known = 0;       // leading tokens whose ids are known, at most fill
@@ -126,17 +126,17 @@ class BlockTree {
     n.known = static_cast<std::uint16_t>(known);
     if (known == block_size_) complete(id);
   }
-  void put(NodeId id, int offset, Token token) {  // after which nothing else is in the node
+  void put(NodeId id, int offset, Token token) {  // the node's last token from now on
     tokens(id)[offset] = token;
     set_fill(id, offset + 1, offset + 1);
   }
   bool is_complete(NodeId id) const { return node(id).known == block_size_; }
 
   // --- between tiers
-  // What place() would take: nodes that are not in the tier, and cached ones that are.
+  // Of the blocks that are free or cached in a tier, place() would take all of these.
   struct Missing {
-    std::int32_t blocks = 0;
-    std::int32_t cached = 0;
+    std::int32_t blocks = 0;  // for nodes that are not in the tier yet
+    std::int32_t cached = 0;  // of nodes that are in it, and would become active
   };
   void begin_count() {  // each node is counted, or visited, once from here on
     if (++mark_ == 0) mark_ = 1;

@@ -70,9 +70,9 @@ void CopyMethods::rule_out_staging() {
   }
 }
 
-// The copy engines go first, unless others are clearly faster: those take processors from the
-// model. `neighbours`: pieces are so in host memory, else nothing is to be staged. `many`: so many
-// that a loop would fill the stream's queue, where each call waits for the one that is carried out.
+// The copy engines go first, unless a kernel is clearly faster, which takes processors from the
+// model. `neighbours`: the pieces lie side by side in host memory, as staging needs them. `many`: a
+// loop would fill the stream's queue, and then each call waits until an earlier copy has ended.
 CopyMethod CopyMethods::best(const Rates& rates, bool neighbours, bool many) const {
   CopyMethod best = has_batch_ ? CopyMethod::batch : CopyMethod::loop;
   double highest = 0;
@@ -92,7 +92,7 @@ CopyMethod CopyMethods::best(const Rates& rates, bool neighbours, bool many) con
 
 CopyMethod CopyMethods::choose(Direction direction, std::span<const CopyRun> runs,
                                std::size_t num_host_ranges) const {
-  // What any other saves is calls: for one piece there is nothing to save.
+  // Any other method saves calls only: for one piece there is nothing to save.
   if (runs.size() == 1 && always_ != CopyMethod::kernel) return CopyMethod::loop;
   if (always_) return *always_;
   std::size_t total = 0;

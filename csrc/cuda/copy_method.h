@@ -1,6 +1,6 @@
-// How the pieces of a transfer are copied: what is fastest depends on their size and number, the
-// direction, the driver and the machine, so all of that is measured when a
-// cache with a host tier starts.
+// How the pieces of a transfer are copied. Which method is fastest depends on their size and
+// number, the direction, the driver and the machine: so it is measured when a cache with a host
+// tier starts.
 #pragma once
 
 #include <array>
@@ -30,8 +30,8 @@ enum class Direction : std::uint8_t { out, in };  // to the host, to the device
 
 class CopyMethods {
  public:
-  // What is measured: pieces of these sizes, so many of them. A transfer counts as the largest of
-  // each that is not larger; its pieces have their mean size.
+  // Measured are pieces of these sizes, in these numbers. A transfer counts as the largest size and
+  // the largest number that are not above its own; its size is the mean of its pieces.
   static constexpr std::array<std::size_t, 5> kPieceBytes{
       std::size_t{4} << 10, std::size_t{16} << 10, std::size_t{64} << 10, std::size_t{256} << 10,
       std::size_t{1} << 20};

@@ -81,12 +81,12 @@ class CudaDevice final : public Device {
   std::size_t num_ready_bytes() const;  // of host memory, no longer to be pinned
   std::size_t num_live_events() const { return events_.size() - free_events_.size(); }
 
-  // For what else is queued on this device's streams: the device made current for a while, an
-  // upload ring, and the end of a call that failed or not.
+  // For others that queue work on this device's streams. A Guard makes the device current as long
+  // as it lives.
   class Guard {
    public:
     explicit Guard(CudaDevice& device);
-    Guard(CudaDevice& device, std::nothrow_t);  // for what gives back, on a lost device, too
+    Guard(CudaDevice& device, std::nothrow_t);  // to give memory back, on a lost device, too
     ~Guard();
     Guard(const Guard&) = delete;
     Guard& operator=(const Guard&) = delete;

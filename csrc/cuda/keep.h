@@ -1,4 +1,4 @@
-// What may be in use for good, as nobody could wait for the end of that: it is never given back.
+// For memory that may still be in use, and whose last use nobody can wait for: never given back.
 #pragma once
 
 #include <memory>
@@ -9,7 +9,7 @@
 
 namespace pagedkv {
 
-// It stays reachable, so that who looks for leaks sees that this is none.
+// It stays reachable, so that a leak checker does not take it for a leak.
 template <class T>
 void keep_for_good(std::unique_ptr<T> memory) noexcept {
   static std::mutex mutex;

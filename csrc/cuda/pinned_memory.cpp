@@ -95,8 +95,8 @@ void PinnedMemory::lock_chunk(std::size_t chunk) {
   num_ready_.store(ready, std::memory_order_release);
 }
 
-// Whoever writes to an OS page first has the system find memory for it: that is what takes the
-// time. Written is what was there, in one piece, since somebody may have been here before.
+// The first write to an OS page makes the system find memory for it, which is what takes the time.
+// It must change nothing, and be atomic, since others may have written there before.
 void PinnedMemory::touch(std::byte* begin, std::size_t bytes) const {
   const auto touch_part = [](std::byte* at, const std::byte* end) {
     const auto size = static_cast<std::size_t>(end - at);

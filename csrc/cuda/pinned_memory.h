@@ -68,7 +68,7 @@ class PinnedMemory {
   std::byte* const memory_;
   const std::size_t bytes_;
   std::mutex mutex_;                  // of states_, and held while a chunk is locked
-  std::atomic<int> num_waiting_ = 0;  // for the mutex, whom the helper thread lets go first
+  std::atomic<int> num_waiting_ = 0;  // for the mutex: the helper thread lets them go first
   std::vector<State> states_;
   std::atomic<std::size_t> num_ready_ = 0;  // chunks before this are no longer `mapped`
   std::atomic<std::size_t> pageable_bytes_ = 0;

@@ -34,15 +34,15 @@ class CudaRuntime {
   virtual ~CudaRuntime() = default;
 
   virtual std::string error_text(int code) = 0;  // CUDA's name and words
-  virtual void clear_error() = 0;                // nobody else shall find a failure of ours
+  virtual void clear_error() = 0;                // so that nobody else finds a failure of ours
 
   virtual int get_device(int* device) = 0;
   virtual int set_device(int device) = 0;
   // All kernels, onto the current device: a first launch would wait for what is running.
   virtual int load_kernels() = 0;
 
-  virtual int create_stream(
-      CudaStream* stream) = 0;  // one that the legacy stream does not wait for
+  // One that the legacy stream does not wait for.
+  virtual int create_stream(CudaStream* stream) = 0;
   virtual int destroy_stream(CudaStream stream) = 0;
   virtual int synchronize(CudaStream stream) = 0;
   // Not of one that is being captured.

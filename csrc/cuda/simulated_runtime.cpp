@@ -189,7 +189,7 @@ int SimulatedRuntime::destroy_event(CudaEvent event) {
   return enter("cudaEventDestroy");
 }
 
-// What waits for the event as it was goes on waiting for that.
+// Streams that wait for the event go on waiting for what was recorded when they were told to.
 int SimulatedRuntime::record(CudaEvent event, CudaStream stream) {
   if (const int code = enter("cudaEventRecord", stream)) return code;
   const auto found = events_.find(event);

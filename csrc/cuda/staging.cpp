@@ -9,8 +9,8 @@ namespace {
 
 constexpr std::size_t kAlign = 16;  // the widest word that a kernel moves
 
-// Where in staging a range may begin so that words are as wide as its address in host memory
-// allows.
+// The first offset from `used` on that is aligned as `host` is: then a kernel can move words as
+// wide as the host address allows.
 std::size_t aligned_like(const std::byte* host, std::size_t used) {
   return (used + kAlign - 1) / kAlign * kAlign + reinterpret_cast<std::uintptr_t>(host) % kAlign;
 }

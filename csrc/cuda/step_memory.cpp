@@ -66,7 +66,7 @@ std::byte* StepMemory::address(Array array) const {
 
 void StepMemory::forget() { std::ranges::fill(row_is_right_, std::uint8_t{0}); }
 
-// The rows that changed, and whole those that are not what the plan takes them for.
+// The cells that changed; of rows that the device does not have as the plan expects, all cells.
 void StepMemory::list_updates(const StepPlan& plan) {
   updates_.clear();
   num_cells_ = 0;
@@ -90,7 +90,7 @@ void StepMemory::list_updates(const StepPlan& plan) {
   }
 }
 
-// A plan may be another process's manager's: then only what fits is what was agreed on.
+// A plan may come from a manager in another process, which may have been made with other sizes.
 void StepMemory::check_shape(const StepPlan& plan) const {
   const auto fits = [this](const TableUpdate& update) {
     return update.last <= shape_.table_stride;
@@ -100,8 +100,8 @@ void StepMemory::check_shape(const StepPlan& plan) const {
     return;
   }
   throw InvalidSpec(
-      "the plan is larger than max_batch and max_model_len allow here: it is one of "
-      "a manager that was made with others");
+      "the plan is larger than max_batch and max_model_len allow here: it is one of a manager that "
+      "was made with others");
 }
 
 void StepMemory::upload(const StepPlan& plan) {

@@ -13,7 +13,7 @@ UploadRing::UploadRing(CudaDevice& device, std::shared_ptr<CudaRuntime> runtime,
 
 UploadRing::~UploadRing() { free(); }
 
-// In place of what there was, which nobody uses any more.
+// Replaces the ring, of which no slice is in use any more.
 void UploadRing::allocate(std::size_t bytes) {
   auto host = std::make_unique<PinnedMemory>(
       runtime_, device_.index(), bytes,
@@ -82,7 +82,8 @@ void UploadRing::release(const Slice& slice, CudaStream stream) {
   const auto begin = static_cast<std::size_t>(slice.host - host_->data());
   InUse& use = in_use_.emplace_back(begin, begin + slice.bytes, Event::none, stream);
   use.until = device_.record(ours(stream));
-  for (int i = 0; i < 2 && in_use_.size() > 1; ++i) {  // two for each: they do not pile up
+  // Up to two slices retire for each that is added, so that they do not pile up.
+  for (int i = 0; i < 2 && in_use_.size() > 1; ++i) {
     const std::size_t before = in_use_.size();
     retire(false);
     if (in_use_.size() == before) break;

@@ -1,10 +1,10 @@
-// Small arrays on their way to the GPU: descriptors, tables, slots. A ring of pinned memory
-// and one of device memory beside it, byte for byte.
+// Small arrays on their way to the GPU (descriptors, tables, slots): a ring of pinned memory, and
+// one of device memory beside it, byte for byte.
 //
-// A slice belongs to its user until the work that was queued with it has ended: an event says when,
-// or, where none is to be had, its stream.
-// Then its bytes are given to the next one. If the ring is full, the host waits for the oldest
-// slice, and counts that; a slice larger than the ring makes it grow.
+// A slice belongs to its user until the work that was queued with it has ended: an event says when
+// that is, or, if there is none, the end of all that is on its stream. Then its bytes go to the
+// next slice. If the ring is full, the host waits for the oldest slice, and counts that; a slice
+// larger than the ring makes it grow.
 #pragma once
 
 #include <cstddef>

@@ -124,9 +124,9 @@ void HostPool::scatter_parts(std::array<Part, kNumParts> parts,
   }
 }
 
-// The block and the offset of each slot are found once for all parts. All tokens have kBytes, or,
-// if that is 0, their region's. What the loop reads is its own: bytes that it writes might else be
-// that.
+// The block and the offset of each slot are found once for all parts. A token has kBytes, or, if
+// that is 0, its region's token_bytes. The loop reads copies (`parts`, block_size, ...): a store of
+// bytes may alias anything else, which would then be read again for each token.
 template <std::size_t kBytes, std::size_t kNumParts>
 void HostPool::scatter_tokens(std::array<Part, kNumParts> parts,
                               std::span<const std::int64_t> slots) const {

@@ -32,7 +32,7 @@ class Helpers {
     take_turns(0);
     {
       std::unique_lock lock(mutex_);
-      num_wanted_ = 0;  // who has not woken yet has nothing to do
+      num_wanted_ = 0;  // helpers that wake from now on have nothing to do
       done_.wait(lock, [this] { return num_working_ == 0; });
     }
     busy_.clear(std::memory_order_release);

@@ -282,7 +282,7 @@ void SimulatedDevice::progress() {
   }
 }
 
-// A fence names an event that was recorded before it, so what waits for what has no cycle.
+// A fence names an event that was recorded before it, so nothing waits for itself.
 void SimulatedDevice::force(int lane, std::uint64_t position) {
   std::vector<std::pair<int, std::uint64_t>> wanted{{lane, position}};
   while (!wanted.empty()) {

@@ -94,7 +94,8 @@ class Device {
   // this process's memory any more. Whatever else a call throws, it may.
   virtual bool is_open() const = 0;
 
-  // How often a call has blocked the host, in wait() or in a fence of rule 3's exception.
+  // How often a call has blocked the host: wait(), or, where the compute stream is the calling
+  // thread, fence().
   virtual std::int64_t num_host_waits() const = 0;
 };
 
