@@ -470,7 +470,7 @@ class HostPool(Pool):
     """In host memory, at once. Keeps `owner` alive."""
 
     def __init__(
-        self, regions: list[tuple[int, int, int]], num_blocks: int, block_size: int,
+        self, regions: Sequence[tuple[int, int, int]], num_blocks: int, block_size: int,
         owner: object = None,
     ) -> None: ...  # fmt: skip
     def attend(
@@ -489,7 +489,7 @@ class SimulatedPool(Pool):
     """On the compute stream of a simulated device; gather() waits for it. Keeps `owner` alive."""
 
     def __init__(
-        self, device: SimulatedDevice, regions: list[tuple[int, int, int]], num_blocks: int,
+        self, device: SimulatedDevice, regions: Sequence[tuple[int, int, int]], num_blocks: int,
         block_size: int, owner: object = None,
     ) -> None: ...  # fmt: skip
 
@@ -540,7 +540,7 @@ class CudaDevice(Device):
 
 @final
 class CudaPool(Pool):
-    """On the caller's stream of a GPU. Tensors are the device's, other arrays the host's.
+    """On the caller's stream of a GPU. Tensors and arrays are in memory that the device can read.
 
     Args:
         max_batch, max_tokens: of a step whose arrays are brought to `step_memory`; the token arrays
@@ -551,7 +551,7 @@ class CudaPool(Pool):
     """
 
     def __init__(
-        self, device: CudaDevice, regions: list[tuple[int, int, int]], num_blocks: int,
+        self, device: CudaDevice, regions: Sequence[tuple[int, int, int]], num_blocks: int,
         block_size: int, max_batch: int, max_tokens: int, table_stride: int, step_memory: int,
         owner: object = None,
     ) -> None: ...  # fmt: skip
