@@ -16,18 +16,18 @@ except ImportError as error:  # the control plane works without; this does not
 from pagedkv import attention, closing
 from pagedkv._core import BlockManager, CudaDevice, Device, HostPool, LayerWriter, TransferEngine
 from pagedkv.adopt import Adopted, adopt, require_unmoved
+from pagedkv.checks import check_source, check_tables
 from pagedkv.errors import ConcurrentUse, InvalidSpec, InvalidState, KVError
 from pagedkv.fp8 import check_scales
 from pagedkv.layout import DevicePool, Layout, num_usable_blocks
 from pagedkv.machine import Machine, machine_for
 from pagedkv.preemption import CostModel, swap_or_recompute
+from pagedkv.rows import gather_into
 from pagedkv.spec import KVSpec
 from pagedkv.step import Step
 from pagedkv.steps import Steps
-from pagedkv.tables import check_tables
 from pagedkv.transfers import GONE, Transfers
 from pagedkv.tryout import try_copies
-from pagedkv.writes import check_source
 
 __all__ = ["KVCache"]
 
@@ -208,23 +208,11 @@ class KVCache(Steps):
         """
         check_tables(block_tables, num_tokens, "num_tokens", self.device)
         self._follow()
-        num_rows, found = len(num_tokens), []
+        found = []
         for i, pool in enumerate(self._rows(layer)):
-            space = self._workspace(
-                2 * part + i, (num_rows, pool.shape[2], width, pool.shape[3]), pool.dtype
-            )
-            self._pool.gather(
-                2 * layer + i,
-                block_tables.data_ptr(),
-                block_tables.stride(0),
-                num_rows,
-                block_tables.shape[1],
-                first_block,
-                num_tokens.data_ptr(),
-                pool.shape[2],
-                width,
-                space.data_ptr(),
-            )
+            shape = len(num_tokens), pool.shape[2], width, pool.shape[3]
+            space = self._workspace(2 * part + i, shape, pool.dtype)
+            gather_into(space, self._pool, 2 * layer + i, block_tables, num_tokens, first_block)
             found.append(space)
         self.machine.land()
         return found[0], found[1]

@@ -23,8 +23,8 @@ from pagedkv._core import (
 )
 from pagedkv.errors import DeviceError, InvalidSpec
 from pagedkv.fp8 import is_fp8
+from pagedkv.rows import as_stored, rows, rows_at
 from pagedkv.units import format_bytes
-from pagedkv.writes import as_stored, rows
 
 if TYPE_CHECKING:
     from pagedkv.layout import DevicePool
@@ -94,7 +94,7 @@ class Machine:
     ) -> None:
         """Scatter a layer's new keys and values into `pool`, whose elements are `dtype`."""
         k, v = (rows(as_stored(t, dtype, s)) for t, s in zip((k, v), scales, strict=True))
-        pool.write(layer, slots.data_ptr(), len(slots), *_address(k), *_address(v))
+        pool.write(layer, slots.data_ptr(), len(slots), *rows_at(k), *rows_at(v))
         self.hold(slots, k, v)
 
     def hold(self, *tensors: torch.Tensor) -> None:
@@ -223,7 +223,7 @@ class CudaMachine(Machine):
             return super().write(pool, layer, slots, k, v, dtype, scales)
         k, v = rows(k), rows(v)
         types = str(k.dtype).removeprefix("torch."), str(dtype).removeprefix("torch.")
-        at = (*_address(k), scales[0]), (*_address(v), scales[1])
+        at = (*rows_at(k), scales[0]), (*rows_at(v), scales[1])
         self._pool.write_fp8(layer, slots.data_ptr(), len(slots), *types, *at)
         return self.hold(slots, k, v)
 
@@ -311,11 +311,6 @@ class SimulatedCudaMachine(CudaMachine):
 def host_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
     """An array of a StepPlan, where it is. A manager's are read-only views of what torch takes."""
     return torch.from_numpy(array if array.flags.writeable else array.base)
-
-
-def _address(tensor: torch.Tensor) -> tuple[int, int]:
-    """Where the first token is, and how far each is from the one before, in bytes."""
-    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
 
 
 def machine_for(device: str | torch.device | Device, copy_method: str = "auto") -> Machine:

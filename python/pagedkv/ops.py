@@ -32,8 +32,9 @@ from threading import Lock
 import torch
 
 from pagedkv._core import CudaDevice, CudaPool, HostPool, LayerWriter, Pool
+from pagedkv.checks import address, check_source, check_tables, refuse, require_on
 from pagedkv.errors import InvalidSpec
-from pagedkv.tables import address, check_tables, refuse, require_on
+from pagedkv.rows import gather_into, rows, rows_at
 
 __all__ = ["copy_blocks", "gather", "write"]
 
@@ -77,10 +78,8 @@ class _Layer:
                 "are not one layer's"
             )
         size = k.element_size()
-        self.k_bytes, self.v_bytes = (p.shape[2] * p.shape[3] * size for p in (k, v))  # of a token
         regions = [
-            (k.data_ptr(), k.stride(0) * size, self.k_bytes),
-            (v.data_ptr(), v.stride(0) * size, self.v_bytes),
+            (p.data_ptr(), p.stride(0) * size, p.shape[2] * p.shape[3] * size) for p in (k, v)
         ]
         num_blocks, block_size = k.shape[:2]
         self.pool: Pool
@@ -153,18 +152,13 @@ def _write(
         refuse("slots", slots, "contiguous int64 [T]")
     require_on("slots", slots, k_pool.device)
     num_tokens = len(slots)
-    k, v = _rows("k", k, k_pool, num_tokens), _rows("v", v, v_pool, num_tokens)
-    at = k.data_ptr(), layer.k_bytes, v.data_ptr(), layer.v_bytes
+    for name, source, pool in (("k", k, k_pool), ("v", v, v_pool)):
+        check_source(source, name, pool, num_tokens)
+        if source.dtype != pool.dtype:
+            refuse(name, source, str(pool.dtype))
+    k, v = rows(k), rows(v)
     with layer.turn:
-        layer.pool.write(0, slots.data_ptr(), num_tokens, *at)
-
-
-def _rows(name: str, source: torch.Tensor, pool: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    expected = (num_tokens, *pool.shape[2:])
-    if source.shape != expected or source.dtype != pool.dtype:
-        refuse(name, source, f"{pool.dtype} {list(expected)}")
-    require_on(name, source, pool.device)
-    return source.contiguous()
+        layer.pool.write(0, slots.data_ptr(), num_tokens, *rows_at(k), *rows_at(v))
 
 
 def _gather(
@@ -185,18 +179,7 @@ def _gather(
         out = part.new_empty(len(seq_lens), part.shape[2], width, part.shape[3])
         if out.numel():
             with layer.turn:
-                layer.pool.gather(
-                    region,
-                    block_tables.data_ptr(),
-                    block_tables.stride(0),
-                    len(block_tables),
-                    block_tables.shape[1],
-                    0,
-                    seq_lens.data_ptr(),
-                    part.shape[2],
-                    width,
-                    out.data_ptr(),
-                )
+                gather_into(out, layer.pool, region, block_tables, seq_lens)
         found.append(out)
     return found[0], found[1]
 

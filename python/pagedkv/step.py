@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from pagedkv.checks import address
 from pagedkv.errors import InvalidSpec, InvalidState
-from pagedkv.tables import address
 
 if TYPE_CHECKING:
     from pagedkv._core import BlockManager, StepPlan

@@ -13,8 +13,8 @@ import torch
 
 from pagedkv.attention import blockwise, flash_attn, flashinfer, flex, gather, varlen
 from pagedkv.attention.call import Backend, Call, check_rule, scale_of
+from pagedkv.checks import address
 from pagedkv.errors import InvalidSpec
-from pagedkv.tables import address
 
 if TYPE_CHECKING:
     from pagedkv.cache import KVCache

@@ -8,7 +8,7 @@ import torch
 
 from pagedkv.errors import InvalidSpec
 
-__all__ = ["address", "check_tables", "refuse", "require_on"]
+__all__ = ["address", "check_source", "check_tables", "refuse", "require_on"]
 
 
 def address(tensor: torch.Tensor, name: str) -> int:
@@ -20,6 +20,17 @@ def address(tensor: torch.Tensor, name: str) -> int:
             "tensor, as of DTensor.to_local()"
         )
     return found
+
+
+def check_source(source: torch.Tensor, name: str, pool: torch.Tensor, num_tokens: int) -> None:
+    """Raises InvalidSpec if `source` is not `num_tokens` tokens for `pool` [N, P, H, D]."""
+    if not isinstance(source, torch.Tensor) or not source.is_floating_point():
+        kind = getattr(source, "dtype", type(source).__name__)
+        raise InvalidSpec(f"{name} is {kind}, expected a tensor of floats")
+    shape = (num_tokens, *pool.shape[2:])
+    if source.shape != shape:
+        refuse(name, source, str(list(shape)))
+    require_on(name, source, pool.device)
 
 
 def check_tables(
