@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -323,10 +324,12 @@ class KVCache(Steps):
         """Give the memory back, after what is under way has ended.
 
         The cache refuses further commands; a second close is nothing. Interpreter exit closes what
-        is open. In a forked child it only forgets: the copies are its parent's.
+        is open. An open step is rolled back. In a forked child it only forgets: the copies are its
+        parent's.
 
-        Raises InvalidState while a graph is captured, and DeviceError if the device refuses to wait
-        for what is under way: the cache then keeps its memory, and may be closed again.
+        Raises InvalidState while a graph is captured, ConcurrentUse while another thread or a
+        callback is inside: nothing has changed then. Raises DeviceError if the device refuses to
+        wait for what is under way: the cache then keeps its memory, and may be closed again.
         """
         if self._closed:
             return
@@ -335,16 +338,20 @@ class KVCache(Steps):
             return
         if self.machine.is_capturing():
             raise InvalidState("a CUDA graph is being captured: close the cache outside of that")
+        with nullcontext() if self._transfers is None else self._transfers.alone():
+            try:
+                self.rollback()
+            except ConcurrentUse:  # whoever is inside goes on: the cache stays open
+                raise
+            except BaseException:  # of a manager that refuses further use: the memory goes
+                self._end()
+                raise
+            self._end()
+
+    def _end(self) -> None:
         if self._transfers is not None:
-            self._transfers.close()
+            self._transfers.end()
         self._pool.synchronize()
-        try:
-            self.rollback()
-        except ConcurrentUse:  # another thread is inside, and goes on: the cache stays open
-            raise
-        except BaseException:
-            self._forget()
-            raise
         self._forget()
 
     def _forget(self) -> None:

@@ -143,7 +143,7 @@ class Transfers:
         self._order: PlanOrder | None = None  # of those
         self._copied: dict[str, tuple[int, float]] = {}  # direction -> bytes and seconds, in all
 
-    def _alone(self) -> threading.Lock:
+    def alone(self) -> threading.Lock:
         """To be inside alone: a second thread, or a call out of an argument, is refused.
 
         A lock itself, which no interrupt leaves locked. Who comes at the same moment waits.
@@ -157,7 +157,7 @@ class Transfers:
 
     def start(self, command: Callable[[A], TransferPlan], argument: A) -> Transfer:
         """Start what `command`, of the manager, plans, once the manager knows what has ended."""
-        with self._alone():
+        with self.alone():
             self._get_ready(applies=False)
             _call_into(self._planned, command, argument)
             self._applies = False
@@ -168,7 +168,7 @@ class Transfers:
 
         Its numbers would clash with ours, so a cache carries out the plans of one manager.
         """
-        with self._alone():
+        with self.alone():
             self._get_ready(applies=True)
             self._applies, self._order = True, order
             self._planned.append(plan)
@@ -215,7 +215,7 @@ class Transfers:
 
     def step(self, plan: StepPlan) -> None:
         """Before a step's first work: the caller's stream waits for what the plan waits for."""
-        with self._alone():
+        with self.alone():
             if self._closed:
                 raise InvalidState("this cache is closed")
             self._machine.follow()
@@ -225,7 +225,7 @@ class Transfers:
         """Tell the manager of all that has ended, and return it. Nobody is waited for."""
         if not self._under_way and not self._planned:
             return []
-        with self._alone():
+        with self.alone():
             return self._look()
 
     def _look(self) -> list[Transfer]:
@@ -273,7 +273,7 @@ class Transfers:
             raise InvalidState("a step is open: close it before waiting for a transfer")
         if self._machine.is_capturing():
             raise InvalidState("a CUDA graph is being captured: nothing ends meanwhile")
-        with self._alone():
+        with self.alone():
             if transfer._done:
                 return
             self.engine.wait(transfer.id)
@@ -282,7 +282,7 @@ class Transfers:
 
     def cancel(self, transfer: Transfer) -> bool:
         """Give a transfer up, if none of its copies has begun."""
-        with self._alone():
+        with self.alone():
             if transfer._done or not self.engine.cancel(transfer.id):
                 return False
             transfer._cancelled = True
@@ -360,11 +360,10 @@ class Transfers:
             transfer._raised = True
             raise transfer._error
 
-    def close(self) -> None:
-        """Cancel what has not begun, and wait for the rest."""
-        with self._alone():
-            self.engine.close()
-            self._closed = True
+    def end(self) -> None:
+        """Cancel what has not begun, and wait for the rest. For whoever is inside alone()."""
+        self.engine.close()
+        self._closed = True
 
     def forget(self) -> None:
         """Let go of all that is large: who holds a transfer holds no more than that."""

@@ -74,7 +74,7 @@ class World:
     def __init__(
         self,
         *,
-        device: pk.Device | None = None,
+        device: pk.Device | str | None = None,
         schedule: str = "lazy",
         seed: int = 0,
         num_compute_streams: int = 1,

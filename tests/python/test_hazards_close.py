@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,33 @@ def test_hazard_24_the_last_reference_goes_while_a_graph_is_captured() -> None:
     assert cuda.num_pending == 0
     device.close()
     assert cuda.num_live == 0
+
+
+class Closes:
+    """A number whose conversion, within a command, closes the cache."""
+
+    def __init__(self, kv: pk.KVCache) -> None:
+        self.kv = kv
+
+    def __index__(self) -> int:
+        with pytest.raises(pk.ConcurrentUse):
+            self.kv.close()
+        return 7
+
+
+@pytest.mark.parametrize("host_blocks", [0, 8])
+@pytest.mark.parametrize("make", [lambda: "cpu", lambda: CudaDevice(SimulatedCuda(1))])
+def test_hazard_24_close_from_inside_a_command_changes_nothing(make: Any, host_blocks: int) -> None:
+    with World(device=make(), host_blocks=host_blocks) as w:
+        a = w.admit([1, 2, 3])
+        b = w.kv.create([Closes(w.kv), 8])
+        assert w.kv.length(b) == 0
+        w.step({a: [4]}, check=True)
+        assert w.kv.poll() == []
+        with w.kv.step([a], [5]) as step:
+            with pytest.raises(pk.UnknownSequence):
+                w.kv.length(Closes(w.kv))  # type: ignore[arg-type]
+            assert step.is_open
 
 
 @pytest.mark.parametrize(
