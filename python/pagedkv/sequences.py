@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from operator import index
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -279,6 +280,6 @@ class Sequences:
 
 def _numbers(ids: Any) -> list[int]:
     try:
-        return [int(i) for i in ids]
+        return [index(i) for i in ids]
     except TypeError as error:
         raise InvalidSpec(f"ids is {ids!r}, expected a batch of sequence ids: [id]") from error

@@ -292,8 +292,10 @@ def test_a_step_whose_buffers_are_another_ones_says_so(kv: KVCache, name: str) -
 
 @pytest.mark.parametrize("command", ["ready", "wait", "resume"])
 def test_ids_are_a_batch(kv: KVCache, command: str) -> None:
-    with pytest.raises(InvalidSpec, match=r"ids is 5, expected a batch"):
-        getattr(kv, command)(5)
+    a = kv.create()
+    for bad in (5, [a + 0.7], [str(a)]):
+        with pytest.raises(InvalidSpec, match=r"ids is .*, expected a batch"):
+            getattr(kv, command)(bad)
 
 
 def test_a_closed_step_or_another_cache_s_is_refused(kv: KVCache) -> None:
