@@ -84,6 +84,14 @@ void commit(const PyManager& m, const StepPlanHandle& plan, const py::object& le
   });
 }
 
+void rollback(const PyManager& m, const StepPlanHandle* plan) {
+  if (plan != nullptr) require_own(m, *plan);
+  enter(*m.state, [&](BlockManager& core) {
+    const std::int64_t step = plan != nullptr ? plan->step : core.open_step();
+    if (step != 0) core.rollback(step);
+  });
+}
+
 py::array_t<std::int64_t> fork(const PyManager& m, const py::object& id, const py::object& n) {
   return enter(*m.state, [&](BlockManager& core) {
     const std::int64_t count = int_argument("n", n);
@@ -165,16 +173,8 @@ void bind_manager(py::module_& m) {
           "Open a step: counts[b] new tokens (default 1) for each of ids, all or nothing.");
   cls.def("commit", &commit, py::arg("plan"), py::arg("lengths") = py::none(),
           "Close the step and publish its full blocks; lengths[b] keeps only that much of row b.");
-  cls.def(
-      "rollback",
-      [](const PyManager& self, const StepPlanHandle* plan) {
-        if (plan != nullptr) require_own(self, *plan);
-        enter(*self.state, [&](BlockManager& core) {
-          const std::int64_t step = plan != nullptr ? plan->step : core.open_step();
-          if (step != 0) core.rollback(step);
-        });
-      },
-      py::arg("plan") = py::none(), "Close the step, or the open one, as if it had not been.");
+  cls.def("rollback", &rollback, py::arg("plan") = py::none(),
+          "Close the step, or the open one, as if it had not been.");
   cls.def(
       "record",
       [](const PyManager& self, const py::object& ids, const py::object& tokens,
@@ -235,7 +235,9 @@ void bind_manager(py::module_& m) {
       py::arg("ids"), "Blocks that these sequences alone hold.");
   cls.def("block_table", &block_table, py::arg("id"), "The sequence's blocks, int32.");
   bind_swap(cls);
-  // These two are for any thread: no command leaves core half way while it holds the GIL.
+  // These are for any thread: no command leaves core half way while it holds the GIL.
+  cls.def_property_readonly("open_step",
+                            [](const PyManager& self) { return self.state->core->open_step(); });
   cls.def(
       "stats", [](const PyManager& self) { return self.state->core->stats(); },
       "Counts now, and totals since the start.");

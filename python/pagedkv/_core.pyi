@@ -227,15 +227,9 @@ class BlockManager(_Object):
     """
 
     def __init__(
-        self,
-        num_device_blocks: int,
-        num_host_blocks: int = 0,
-        block_size: int = 16,
-        *,
-        max_batch: int = 256,
-        max_model_len: int | None = None,
-        watermark: int = 0,
-    ) -> None: ...
+        self, num_device_blocks: int, num_host_blocks: int = 0, block_size: int = 16, *,
+        max_batch: int = 256, max_model_len: int | None = None, watermark: int = 0,
+    ) -> None: ...  # fmt: skip
     @property
     def num_device_blocks(self) -> int: ...
     @property
@@ -248,6 +242,9 @@ class BlockManager(_Object):
     def max_model_len(self) -> int: ...
     @property
     def watermark(self) -> int: ...
+    @property
+    def open_step(self) -> int:
+        """Number of the open step, 0 if none is. For any thread, as stats() and snapshot() are."""
     def create(self, tokens: _Buffer | None = None, *, salt: bytes | str | None = None) -> int:
         """A new sequence that holds the longest published prefix of `tokens` but the last token.
 

@@ -65,8 +65,6 @@ class Steps(Sequences):
         manager.rollback()
         if step is not None:
             step._closed(self, step._step_before)
-        elif self._transfers is not None:
-            self._transfers.paused = False
 
     @overload
     def apply(self, plan: StepPlan) -> Step: ...
@@ -146,8 +144,6 @@ class Steps(Sequences):
         step = Step(self, plan, manager, self._order.last_step)
         self._order.last_step, self._step = plan.step, step  # at once for an interrupt
         self._last_step = weakref.ref(step)
-        if self._transfers is not None:
-            self._transfers.paused = manager is not None
         return step
 
     def _close_applied(self) -> None:
@@ -160,8 +156,6 @@ class Steps(Sequences):
             return
         self._order.last_step = last_step
         self._step = None
-        if self._transfers is not None:
-            self._transfers.paused = False
 
     def _require(self, step: Step) -> None:
         if step is not self._step or step is None:

@@ -138,7 +138,6 @@ class Transfers:
         self._aborted: list[Aborted] = []  # for those that it concerns: one, or none
         self._lock = threading.Lock()
         self._closed = False
-        self.paused = False  # while a step is open, the manager takes no ends
         self._applies: bool | None = None  # another manager's plans, since the first
         self._order: PlanOrder | None = None  # of those
         self._copied: dict[str, tuple[int, float]] = {}  # direction -> bytes and seconds, in all
@@ -239,7 +238,7 @@ class Transfers:
         for number, _, seconds in self._told:
             self._under_way[number].note_end(seconds)
         ended = []
-        while self._told and not self.paused:  # a manager that refuses is told again
+        while self._told and not self._manager.open_step:  # a manager in a step takes no ends
             number, why, _ = self._told[0]
             transfer = self._under_way[number]
             if not transfer._done:
@@ -269,7 +268,7 @@ class Transfers:
 
     def wait(self, transfer: Transfer) -> None:
         """Block until a transfer has ended."""
-        if self.paused:
+        if self._manager.open_step:
             raise InvalidState("a step is open: close it before waiting for a transfer")
         if self._machine.is_capturing():
             raise InvalidState("a CUDA graph is being captured: nothing ends meanwhile")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -40,16 +40,45 @@ def test_wait_tells_of_a_transfer_that_needed_one_that_failed() -> None:
         world.kv.manager.verify()
 
 
-def test_an_end_that_the_manager_refuses_is_told_again() -> None:
-    """As a step is open on the manager itself, which the cache does not know of."""
+def test_ends_wait_for_a_step_that_is_open_on_the_manager_itself() -> None:
+    """Of which no cache is told: to look never raises and never blocks, and wait() says why not."""
     with World(schedule="eager") as world:
         a, b = world.admit([1, 2, 3]), world.create([9])
         out = world.kv.swap_out([a])
         plan = world.kv.manager.append([b], [9])
-        with pytest.raises(pk.InvalidState, match="step"):
-            world.kv.poll()
+        assert world.kv.manager.open_step == plan.step
+        assert world.kv.poll() == []
+        assert not out.done
+        assert not world.kv.ready([a])
+        with pytest.raises(pk.InvalidState, match="a step is open"):
+            out.wait()
         assert world.kv.stats().num_transfers == 1
         world.kv.manager.rollback(plan)
+        assert world.kv.manager.open_step == 0
+        assert world.kv.poll() == [out]
+        assert world.kv.stats().num_transfers == 0
+
+
+def test_an_end_that_the_manager_refuses_is_told_again() -> None:
+    """As another thread has entered it since the cache asked."""
+
+    class Refusing:
+        open_step = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(manager, name)
+
+        def complete(self, transfer: int) -> None:
+            raise pk.ConcurrentUse("another thread is inside")
+
+    with World(schedule="eager") as world:
+        manager, out = world.kv.manager, world.kv.swap_out([world.admit([1, 2, 3])])
+        transfers: Any = world.kv._transfers
+        transfers._manager = Refusing()
+        with pytest.raises(pk.ConcurrentUse):
+            world.kv.poll()
+        assert world.kv.stats().num_transfers == 1
+        transfers._manager = manager
         assert world.kv.poll() == [out]
         assert world.kv.stats().num_transfers == 0
 
