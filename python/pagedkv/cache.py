@@ -22,6 +22,7 @@ from pagedkv.errors import ConcurrentUse, InvalidSpec, InvalidState, KVError
 from pagedkv.fp8 import check_scales
 from pagedkv.layout import DevicePool, Layout, num_usable_blocks
 from pagedkv.machine import Machine, machine_for
+from pagedkv.plan_order import PlanOrder
 from pagedkv.preemption import CostModel, swap_or_recompute
 from pagedkv.rows import gather_into
 from pagedkv.spec import KVSpec
@@ -125,11 +126,11 @@ class KVCache(Steps):
             watermark=watermark,
         )
         super().__init__(spec, manager, prefill_rate, cost_model)
+        self._order = PlanOrder()
         memory = adopted or DevicePool.allocate(spec, num_device_blocks + 1, layout, machine.device)
         self._adopted = adopted
         self._layers = memory.layers
         self._in_rows = memory.in_rows
-        machine.see(manager)
         self._pool = machine.make_pool(memory, manager)
         kept = memory.layers if memory.in_rows else ()
         self._writers = {i: LayerWriter(self._pool, i, k, v) for i, (k, v) in enumerate(kept)}
@@ -139,7 +140,9 @@ class KVCache(Steps):
             engine = TransferEngine(
                 copier, memory.block_runs, num_device_blocks, num_host_blocks, owner=memory
             )
-            self._transfers = Transfers(self.manager, engine, copier, spec.block_bytes, machine)
+            self._transfers = Transfers(
+                manager, engine, copier, spec.block_bytes, machine, self._order
+            )
         if adopted is not None:
             try_copies(adopted, self._pool, engine, num_host_blocks, machine)
         self._process = os.getpid()
@@ -173,7 +176,7 @@ class KVCache(Steps):
         check_source(k, "k", pools[0], num_tokens)
         check_source(v, "v", pools[1], num_tokens)
         self._follow()
-        self.machine.write(self._pool, layer, step.slots, k, v, pools[0].dtype, self.scales[layer])
+        self.machine.write(layer, step.slots, k, v, pools[0].dtype, self.scales[layer])
 
     def gather(self, layer: int, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of whole sequences, [B, H, max(seq_lens), dim], zeros past each length.

@@ -45,38 +45,36 @@ class Machine:
 
     Attributes:
         device: of the tensors.
-        needs_order: whether steps need the transfer engine even without a host tier, since work is
-            queued on streams, which may change.
+        needs_order: whether work is queued on streams, of which each has to continue the one
+            before: so steps need the transfer engine even without a host tier.
         holds: whether hold() does anything.
     """
 
     device = torch.device("cpu")
     needs_order = False
     holds = False
+    _pool: Pool
+    _table_stride: int  # cells of the widest block table there can be
 
     def __init__(self) -> None:
         self._padded: dict[tuple[str, int], tuple[torch.Tensor, tuple[slice, ...]]] = {}
-        self._table_stride = 0
-
-    def see(self, manager: BlockManager) -> None:
-        """Before a pool is made: how wide block tables can get."""
-        self._table_stride = -(-manager.max_model_len // manager.block_size)
 
     def transfer_device(self, has_host_tier: bool) -> Device:
         """What copies between the tiers."""
         return HostDevice()
 
     def make_pool(self, memory: DevicePool, manager: BlockManager) -> Pool:
-        """What carries out the copies of steps."""
+        """What carries out the copies of steps, and write()."""
+        self._table_stride = -(-manager.max_model_len // manager.block_size)
+        self._pool = self._new_pool(memory, manager)
+        return self._pool
+
+    def _new_pool(self, memory: DevicePool, manager: BlockManager) -> Pool:
         size = manager.num_device_blocks + 1, manager.block_size
         return HostPool(list(memory.regions), *size, owner=memory)
 
-    def follow(self) -> bool:
-        """Take the stream that the caller is on now: before anything is queued.
-
-        Returns whether there are streams, of which each has to continue the one before.
-        """
-        return False
+    def follow(self) -> None:
+        """Take the stream that the caller is on now: before anything is queued."""
 
     def is_capturing(self) -> bool:
         """Whether the caller's stream is being captured into a graph: nothing runs on it now."""
@@ -84,7 +82,6 @@ class Machine:
 
     def write(
         self,
-        pool: Pool,
         layer: int,
         slots: torch.Tensor,
         k: torch.Tensor,
@@ -92,9 +89,9 @@ class Machine:
         dtype: torch.dtype,
         scales: tuple[float, float],
     ) -> None:
-        """Scatter a layer's new keys and values into `pool`, whose elements are `dtype`."""
+        """Scatter a layer's new keys and values into the pool, where they are `dtype`."""
         k, v = (rows(as_stored(t, dtype, s)) for t, s in zip((k, v), scales, strict=True))
-        pool.write(layer, slots.data_ptr(), len(slots), *rows_at(k), *rows_at(v))
+        self._pool.write(layer, slots.data_ptr(), len(slots), *rows_at(k), *rows_at(v))
         self.hold(slots, k, v)
 
     def hold(self, *tensors: torch.Tensor) -> None:
@@ -137,27 +134,19 @@ class Machine:
         )
 
 
-class GivenMachine(Machine):
-    """Host memory, and a device that the caller has made."""
+class SimulatedMachine(Machine):
+    """A machine for tests, whose steps are queued on its compute streams."""
 
     needs_order = True
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: SimulatedDevice) -> None:
         super().__init__()
         self._device = device
 
     def transfer_device(self, has_host_tier: bool) -> Device:
         return self._device
 
-    def follow(self) -> bool:
-        return True
-
-
-class SimulatedMachine(GivenMachine):
-    """A machine for tests, whose steps are queued on its compute streams."""
-
-    def make_pool(self, memory: DevicePool, manager: BlockManager) -> Pool:
-        assert isinstance(self._device, SimulatedDevice)
+    def _new_pool(self, memory: DevicePool, manager: BlockManager) -> Pool:
         size = manager.num_device_blocks + 1, manager.block_size
         return SimulatedPool(self._device, list(memory.regions), *size, owner=memory)
 
@@ -166,6 +155,7 @@ class CudaMachine(Machine):
     """A GPU: steps are launched on torch's current stream, and nobody waits for them."""
 
     needs_order = True
+    _pool: CudaPool
 
     def __init__(self, gpu: CudaDevice, device: torch.device, measures: bool = False) -> None:
         super().__init__()
@@ -179,7 +169,7 @@ class CudaMachine(Machine):
             self._gpu.calibrate()
         return self._gpu
 
-    def make_pool(self, memory: DevicePool, manager: BlockManager) -> Pool:
+    def _new_pool(self, memory: DevicePool, manager: BlockManager) -> CudaPool:
         self.follow()
         shape = manager.max_batch, max(MAX_STEP_TOKENS, manager.max_batch), self._table_stride
         num_bytes = CudaPool.step_bytes(*shape)
@@ -190,7 +180,7 @@ class CudaMachine(Machine):
                 f"the arrays of steps, {format_bytes(num_bytes)} for max_batch and max_model_len, "
                 f"do not fit in the memory of {self.device} beside the pool"
             ) from error
-        self._pool = CudaPool(
+        return CudaPool(
             self._gpu,
             list(memory.regions),
             manager.num_device_blocks + 1,
@@ -199,19 +189,16 @@ class CudaMachine(Machine):
             self._step_memory.data_ptr(),
             owner=(memory, self._step_memory),
         )
-        return self._pool
 
-    def follow(self) -> bool:
+    def follow(self) -> None:
         # torch.cuda.current_stream() makes an object, and takes ten times as long.
         self._gpu.use_stream(torch._C._cuda_getCurrentRawStream(self._gpu.index))
-        return True
 
     def is_capturing(self) -> bool:
         return self._gpu.is_capturing(torch._C._cuda_getCurrentRawStream(self._gpu.index))
 
     def write(
         self,
-        pool: Pool,
         layer: int,
         slots: torch.Tensor,
         k: torch.Tensor,
@@ -220,7 +207,7 @@ class CudaMachine(Machine):
         scales: tuple[float, float],
     ) -> None:
         if not is_fp8(dtype) or k.dtype != v.dtype or k.dtype not in _TO_FP8:
-            return super().write(pool, layer, slots, k, v, dtype, scales)
+            return super().write(layer, slots, k, v, dtype, scales)
         k, v = rows(k), rows(v)
         types = str(k.dtype).removeprefix("torch."), str(dtype).removeprefix("torch.")
         at = (*rows_at(k), scales[0]), (*rows_at(v), scales[1])
@@ -285,9 +272,8 @@ class SimulatedCudaMachine(CudaMachine):
         super().__init__(gpu, torch.device("cpu"))
         self._held: list[torch.Tensor] = []
 
-    def follow(self) -> bool:
-        """The caller says gpu.use_stream() himself."""
-        return True
+    def follow(self) -> None:
+        """Nothing: the caller says gpu.use_stream() himself."""
 
     def is_capturing(self) -> bool:
         return self._gpu.is_capturing()
@@ -329,8 +315,6 @@ def machine_for(device: str | torch.device | Device, copy_method: str = "auto") 
             if device.is_simulated:
                 return SimulatedCudaMachine(device)
             return CudaMachine(device, torch.device("cuda", device.index))
-        if isinstance(device, Device):
-            return GivenMachine(device)
         raise InvalidSpec(
             f"device is {device!r}, expected a torch device, a SimulatedDevice, or a CudaDevice, "
             "which can be one on a SimulatedCuda"

@@ -64,7 +64,6 @@ class Step:
         self._cache = weakref.ref(kv)
         self._manager = manager
         self._step_before = step_before  # the last one that was carried out before
-        self._open = True
         self._stale = False
         self.is_abandoned = False  # by who would have closed it
         self._views: dict[str, torch.Tensor] = {}
@@ -210,7 +209,8 @@ class Step:
 
     @property
     def is_open(self) -> bool:
-        return self._open and self._cache() is not None
+        kv = self._cache()
+        return kv is not None and kv._step is self
 
     def commit(self, lengths: Any = None) -> None:
         """Close the step; `lengths[b]` keeps only that much of row b. See BlockManager.commit."""
@@ -219,23 +219,18 @@ class Step:
             self._manager.commit(self.plan, lengths)
         elif lengths is not None:
             raise InvalidSpec("lengths are for the manager that made the plan: commit them there")
-        self._closed(kv, self.plan.step)
+        kv._step_closed(self, self.plan.step)
 
     def rollback(self) -> None:
         """Close the step as if it had not been."""
         kv = self._kv
         if self._manager is not None:
             self._manager.rollback(self.plan)
-        self._closed(kv, self._step_before)
+        kv._step_closed(self, self._step_before)
 
     def abandon(self) -> None:
         """Like rollback, with the next command, which releases its sequences: for finalizers."""
         self.is_abandoned = True
-
-    def _closed(self, kv: Steps, last_step: int) -> None:
-        """It is over, and `last_step` the last one that was carried out."""
-        self._open = False
-        kv._step_closed(self, last_step)
 
     def __enter__(self) -> Step:
         return self

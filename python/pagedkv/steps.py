@@ -17,8 +17,6 @@ from pagedkv.step import Step
 
 if TYPE_CHECKING:
     from pagedkv._core import Pool
-    from pagedkv.preemption import CostModel
-    from pagedkv.spec import KVSpec
     from pagedkv.transfers import Transfer
 
 __all__ = ["Steps"]
@@ -28,14 +26,9 @@ class Steps(Sequences):
     """Opens steps, one at a time, and closes them. `KVCache` adds the tensors."""
 
     _pool: Pool
-
-    def __init__(
-        self, spec: KVSpec, manager: BlockManager, prefill_rate: float | None, cost_model: CostModel
-    ) -> None:
-        super().__init__(spec, manager, prefill_rate, cost_model)
-        self._order = PlanOrder()
-        self._step: Step | None = None  # the open one
-        self._last_step: Callable[[], Step | None] = lambda: None
+    _order: PlanOrder
+    _step: Step | None = None  # the open one
+    _last_step: Callable[[], Step | None] = staticmethod(lambda: None)
 
     def step(self, ids: Any, tokens: Any = None, counts: Any = None) -> Step:
         """Open a step of `counts[b]` (default 1) new tokens for each of `ids`, all or nothing.
@@ -64,7 +57,7 @@ class Steps(Sequences):
         manager, step = self._open_manager(), self._step
         manager.rollback()
         if step is not None:
-            step._closed(self, step._step_before)
+            self._step_closed(step, step._step_before)
 
     @overload
     def apply(self, plan: StepPlan) -> Step: ...
@@ -103,7 +96,7 @@ class Steps(Sequences):
         if isinstance(plan, TransferPlan):
             transfers = self._tiers()
             self._order.check_transfer(plan)
-            return transfers.apply(plan, self._order)
+            return transfers.apply(plan)
         self._order.check_step(plan)
         self._check_blocks(plan)
         return self._begin(plan, None)

@@ -125,6 +125,7 @@ class Transfers:
         device: Device,
         block_bytes: int,
         machine: Machine,
+        order: PlanOrder,
     ) -> None:
         self.engine = engine
         self.device = device
@@ -139,7 +140,7 @@ class Transfers:
         self._lock = threading.Lock()
         self._closed = False
         self._applies: bool | None = None  # another manager's plans, since the first
-        self._order: PlanOrder | None = None  # of those
+        self._order = order  # of those
         self._copied: dict[str, tuple[int, float]] = {}  # direction -> bytes and seconds, in all
 
     def alone(self) -> threading.Lock:
@@ -162,14 +163,14 @@ class Transfers:
             self._applies = False
             return self._submit()
 
-    def apply(self, plan: TransferPlan, order: PlanOrder) -> Transfer:
+    def apply(self, plan: TransferPlan) -> Transfer:
         """Start what another manager has planned, whom somebody else tells of the end.
 
         Its numbers would clash with ours, so a cache carries out the plans of one manager.
         """
         with self.alone():
             self._get_ready(applies=True)
-            self._applies, self._order = True, order
+            self._applies = True
             self._planned.append(plan)
             return self._submit()
 
@@ -185,8 +186,11 @@ class Transfers:
 
     def follow(self) -> None:
         """Within a step: the stream that the caller is on now continues the one before."""
-        if self._machine.follow() and self.engine.has_moved() and not self._machine.is_capturing():
-            self.engine.follow()
+        machine = self._machine
+        if machine.needs_order:
+            machine.follow()
+            if self.engine.has_moved() and not machine.is_capturing():
+                self.engine.follow()
 
     def _submit(self) -> Transfer:
         """Hand the engine all that is planned; returns the last one."""
@@ -206,7 +210,7 @@ class Transfers:
                 else:  # the manager waits for an end
                     self._told.append((plan.id, f"it was not submitted, {error!r}", 0.0))
                 raise
-            if self._order is not None:
+            if self._applies:
                 self._order.last_transfer = plan.id
             del self._planned[0]
         self._machine.warn()

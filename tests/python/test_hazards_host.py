@@ -16,7 +16,6 @@ import pytest
 
 import pagedkv as pk
 from hazard_world import World, holds
-from pagedkv._core import HostDevice
 from pagedkv.testing import SimulatedDevice
 from small import state
 
@@ -50,14 +49,15 @@ def test_hazard_29_pageable_memory_makes_copies_block_the_host() -> None:
 
 def test_hazard_29_no_command_waits_for_the_host_devices_workers() -> None:
     """Only a step can, that gets a block which a copy uses: its stream is the calling thread."""
-    with World(device=HostDevice(), device_blocks=16, host_blocks=16) as w:
+    with World(device="cpu", device_blocks=16, host_blocks=16) as w:
+        transfers: Any = w.kv._transfers
         a, b = w.admit([1, 2, 3, 4, 5]), w.admit([7, 8, 9])
         for _ in range(50):
             w.kv.swap_out([a, b])
             w.kv.swap_in([b])
             w.kv.swap_in([a])
             w.kv.poll()
-        assert w.device.num_host_waits == 0
+        assert transfers.device.num_host_waits == 0
         w.settle()
         assert w.problems == []
 
@@ -153,7 +153,7 @@ def test_hazard_32_another_thread_or_another_device() -> None:
 
 
 def test_hazard_33_locks_and_probes_that_change_what_they_look_at() -> None:
-    with World(device=HostDevice()) as w:
+    with World(device="cpu") as w:
         a, b = w.admit([1, 2, 3, 4, 5]), w.admit([1, 2, 3, 9])
         w.kv.swap_out([b])
         w.kv.swap_in([b]).wait()  # so that the host has hits
