@@ -161,7 +161,8 @@ def test_the_kernel_leaves_float64_to_others() -> None:
             _, (found, out) = w.step(
                 ids, [1],
                 lambda _, s, odd=odd: (
-                    decode.takes(w.kv, call(odd)), w.kv.attention(0, odd, s, backend="blockwise")
+                    decode.takes(plain(w.kv, odd, s)),
+                    w.kv.attention(0, odd, s, backend="blockwise"),
                 ),
             )  # fmt: skip
             assert found == takes
@@ -263,9 +264,8 @@ def test_blockwise_reads_what_rows_share_once(
         assert sum(first >= 10 for first, _ in read) == tails
 
 
-def call(q: torch.Tensor, **options: Any) -> Call:
-    plain: dict[str, Any] = {"scale": 1.0, "softcap": None, "window": None, "attn_mask": None}
-    return Call(0, q, **{**plain, **options})
+def plain(kv: pk.KVCache, q: torch.Tensor, step: pk.Step) -> Call:
+    return Call(kv, step, 0, kv.spec.layers[0], q, 1.0, None, None, None)
 
 
 def test_auto_on_a_cpu_takes_the_kernel_and_else_goes_by_length(
@@ -275,7 +275,7 @@ def test_auto_on_a_cpu_takes_the_kernel_and_else_goes_by_length(
         monkeypatch.setattr(blockwise, "RUN_BYTES", 19 * w.kv.spec.token_bytes // 4)
         ids = w.new([18])
         for expected in ("gather", "blockwise"):
-            _, found = w.step(ids, [1], lambda q, s: choose(w.kv, call(q), s, "auto"))
+            _, found = w.step(ids, [1], lambda q, s: choose(plain(w.kv, q, s), "auto"))
             assert found is BACKENDS[expected]
         w.check("auto", ids, [1])
     monkeypatch.setattr(blockwise, "RUN_BYTES", 1 << 20)
@@ -283,7 +283,7 @@ def test_auto_on_a_cpu_takes_the_kernel_and_else_goes_by_length(
         with world(dims=dims) as w:
             for counts, its in (([1, 1], expected), ([1, 9], expected), ([5, 9], "gather")):
                 found = w.step(
-                    w.new([7, 0]), counts, lambda q, s, w=w: choose(w.kv, call(q), s, "auto")
+                    w.new([7, 0]), counts, lambda q, s, w=w: choose(plain(w.kv, q, s), "auto")
                 )[1]
                 assert found is BACKENDS[its]
 

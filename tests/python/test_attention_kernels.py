@@ -211,10 +211,12 @@ def world(
         yield AttentionWorld(kv, 4, getattr(torch, computed))
 
 
-def call(w: AttentionWorld, q: Tensor, **options: Any) -> Call:
-    scale = options.get("scale") or w.kv.spec.layers[0].k_dim ** -0.5
+def call(w: AttentionWorld, q: Tensor, step: Any = None, **options: Any) -> Call:
+    """Without a step for those who only look whether they can."""
+    spec = w.kv.spec.layers[0]
+    scale = options.get("scale") or spec.k_dim**-0.5
     given = [options.get(name) for name in ("softcap", "window", "attn_mask")]
-    return Call(0, q * w.kv.scales[0][0], scale, *given)
+    return Call(w.kv, step, 0, spec, q * w.kv.scales[0][0], scale, *given)
 
 
 @pytest.mark.parametrize("layout", ["block_major", "layer_major"])
@@ -231,7 +233,7 @@ def test_the_kernel_gets_its_own_tables(
             q, found = w.step(
                 batch,
                 counts,
-                lambda q, s: BACKENDS[stand_in].attend(w.kv, call(w, q, **options), s),
+                lambda q, s: BACKENDS[stand_in].attend(call(w, q, s, **options)),
             )
             expected = w.expected(batch, counts, q, **options)
             torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=1e-4)
@@ -243,7 +245,7 @@ def test_flashinfer_plans_once_for_layers_of_a_kind(stand_in: str) -> None:
         ids = w.new([9, 4])
         for _ in range(2):
             q, (one, other) = w.step(ids, [1, 1], lambda q, s: [
-                BACKENDS["flashinfer"].attend(w.kv, call(w, q, **o), s)
+                BACKENDS["flashinfer"].attend(call(w, q, s, **o))
                 for o in ({}, {"window": 3}, {}, {"window": 3}, {})
             ][:2])  # fmt: skip
             for found, window in ((one, None), (other, 3)):
@@ -251,7 +253,7 @@ def test_flashinfer_plans_once_for_layers_of_a_kind(stand_in: str) -> None:
                 torch.testing.assert_close(found.double(), expected, atol=5e-3, rtol=5e-3)
         assert (FakeWrapper.num_made, FakeWrapper.num_plans) == (4, 4)  # two take turns
         for _ in range(3):
-            w.step(ids, [1, 1], lambda q, s: BACKENDS["flashinfer"].attend(w.kv, call(w, q), s))
+            w.step(ids, [1, 1], lambda q, s: BACKENDS["flashinfer"].attend(call(w, q, s)))
         assert (FakeWrapper.num_made, FakeWrapper.num_plans) == (4, 7)
         assert w.kv.backend_memory
     assert not w.kv.backend_memory  # closed
@@ -291,9 +293,9 @@ def test_refusals(
     with world(dtype, size=size) as w:
         q = w.randn(1, 4, 64)
         if reason is None:
-            assert "needs a GPU" in str(BACKENDS[stand_in].refusal(w.kv, call(w, q)))
+            assert "needs a GPU" in str(BACKENDS[stand_in].refusal(call(w, q)))
         on_gpu(monkeypatch, w)
-        found = BACKENDS[stand_in].refusal(w.kv, call(w, q, **options))
+        found = BACKENDS[stand_in].refusal(call(w, q, **options))
         assert (found is None) if reason is None else (reason in str(found))
 
 
@@ -306,7 +308,7 @@ def test_refusals_for_the_layer_s_shape(monkeypatch: pytest.MonkeyPatch, stand_i
             w = AttentionWorld(kv, 4, torch.float16)
             q = w.randn(1, 4, dims[0])
             on_gpu(monkeypatch, w)
-            found = BACKENDS[stand_in].refusal(kv, call(w, q))
+            found = BACKENDS[stand_in].refusal(call(w, q))
             assert reason in str(found)
 
 
@@ -317,16 +319,16 @@ def test_auto_on_a_gpu_takes_the_first_that_can(
     with world("float16", size=256) as w, w.kv.step(w.new([0]), counts=[1]) as step:
         q = w.randn(1, 4, 64)
         on_gpu(monkeypatch, w)
-        assert choose(w.kv, call(w, q), step, "auto") is BACKENDS[stand_in]
-        masked = call(w, q, attn_mask=torch.ones(1))
-        assert choose(w.kv, masked, step, "auto") is BACKENDS["gather"]
+        assert choose(call(w, q, step), "auto") is BACKENDS[stand_in]
+        masked = call(w, q, step, attn_mask=torch.ones(1))
+        assert choose(masked, "auto") is BACKENDS["gather"]
 
 
 def test_torch_s_own_kernels_take_no_block_table(monkeypatch: pytest.MonkeyPatch) -> None:
     with world("float16", size=256) as w:
         q = w.randn(1, 4, 64)
         monkeypatch.setattr(w.kv, "device", torch.device("cuda"))
-        assert "activate_flash_attention_impl" in str(varlen.refusal(w.kv, call(w, q)))
+        assert "activate_flash_attention_impl" in str(varlen.refusal(call(w, q)))
 
 
 def test_a_torch_without_block_tables_is_told_from_one_with(
@@ -337,7 +339,7 @@ def test_a_torch_without_block_tables_is_told_from_one_with(
     assert not varlen._takes_tables.__wrapped__()
     monkeypatch.setattr(varlen, "_takes_tables", lambda: False)
     with world("float16") as w:
-        assert "needs torch 2.13" in str(varlen.refusal(w.kv, call(w, w.randn(1, 4, 64))))
+        assert "needs torch 2.13" in str(varlen.refusal(call(w, w.randn(1, 4, 64))))
 
 
 @pytest.fixture

@@ -66,8 +66,9 @@ def test_auto_takes_the_kernel_for_padding_on_the_left() -> None:
     with w.kv, w.kv.step(w.new([6, 6])) as step:
         for mask, backend in ((seen, blockwise), (seen.flip(1), gather)):
             firsts = look_at(mask[:, None, None], 4, step)
-            call = Call(0, w.randn(2, 4, 16), 1.0, None, None, mask[:, None, None], firsts)
-            assert choose(w.kv, call, step, "auto") is backend
+            given = w.randn(2, 4, 16), 1.0, None, None, mask[:, None, None], firsts
+            call = Call(w.kv, step, 0, w.kv.spec.layers[0], *given)
+            assert choose(call, "auto") is backend
 
 
 def test_a_mask_that_is_written_over_is_looked_at_again() -> None:

@@ -87,8 +87,8 @@ def attend(
     if not step.num_tokens:
         return q.new_empty(0, num_heads, spec.output_dim)
     q, out_scale = _with_scales(q, spec, *kv.scales[layer])
-    call = Call(layer, q, scale, softcap, window, attn_mask, firsts)
-    out = _choose(kv, call, step, backend).attend(kv, call, step)
+    call = Call(kv, step, layer, spec, q, scale, softcap, window, attn_mask, firsts)
+    out = _choose(call, backend).attend(call)
     return out if out_scale == 1 else out.mul_(out_scale)
 
 
@@ -175,17 +175,17 @@ def _firsts(mask: torch.Tensor, step: Step) -> torch.Tensor | None:
     return torch.from_numpy(firsts.astype(np.int32))
 
 
-def _choose(kv: KVCache, call: Call, step: Step, name: str) -> Backend:
-    if name == "auto" and kv.device.type != "cuda":
-        return blockwise if blockwise.is_faster(kv, call, step) else gather
+def _choose(call: Call, name: str) -> Backend:
+    if name == "auto" and call.kv.device.type != "cuda":
+        return blockwise if blockwise.is_faster(call) else gather
     if name == "auto":
-        able = (b for b in (flash_attn, flashinfer, varlen) if b.refusal(kv, call) is None)
+        able = (b for b in (flash_attn, flashinfer, varlen) if b.refusal(call) is None)
         return next(able, gather)
     if name not in BACKENDS:
         names = ", ".join(f'"{known}"' for known in BACKENDS)
         raise InvalidSpec(f'backend is {name!r}, expected "auto" or one of {names}')
-    reason = BACKENDS[name].refusal(kv, call)
+    reason = BACKENDS[name].refusal(call)
     if reason is not None:
-        others = [f'"{other}"' for other, one in BACKENDS.items() if one.refusal(kv, call) is None]
+        others = [f'"{other}"' for other, one in BACKENDS.items() if one.refusal(call) is None]
         raise InvalidSpec(f'backend "{name}" {reason}; these can: {", ".join(others)}')
     return BACKENDS[name]

@@ -21,7 +21,6 @@ from pagedkv.attention.decode import decode, decode_with_sums, takes
 
 if TYPE_CHECKING:
     from pagedkv.attention.call import Call
-    from pagedkv.cache import KVCache
     from pagedkv.step import Step
 
 __all__ = ["attend", "is_faster", "refusal"]
@@ -34,44 +33,44 @@ QUERY_TILE = 256  # new tokens at a time, so that scores stay small, too
 Part = tuple[torch.Tensor, torch.Tensor]
 
 
-def refusal(kv: KVCache, call: Call) -> str | None:
-    if kv.device.type != "cpu":
-        return f"is for a CPU, and this cache is on {kv.device}"
+def refusal(call: Call) -> str | None:
+    if call.kv.device.type != "cpu":
+        return f"is for a CPU, and this cache is on {call.kv.device}"
     if call.attn_mask is not None and call.firsts is None:
         return "takes no attn_mask but one that hides beginnings of rows of one new token"
     return None
 
 
-def is_faster(kv: KVCache, call: Call, step: Step) -> bool:
+def is_faster(call: Call) -> bool:
     """Than gathering all, where it can: it was with the kernel, and from two runs of blocks on."""
-    if refusal(kv, call) is not None:
+    if refusal(call) is not None:
         return False
-    if takes(kv, call) and step.kept("one new token", lambda: _has_one_new_token(step)):
+    step = call.step
+    if takes(call) and step.kept("one new token", lambda: _has_one_new_token(step)):
         return True
     lens = step.plan.seq_lens
-    return len(lens) > 0 and int(lens.max()) * _token_bytes(kv, call) > 2 * RUN_BYTES
+    return len(lens) > 0 and int(lens.max()) * _token_bytes(call) > 2 * RUN_BYTES
 
 
 def _has_one_new_token(step: Step) -> bool:
     return any(count == 1 for _, _, count in equal_counts(step.plan))
 
 
-def _token_bytes(kv: KVCache, call: Call) -> int:
-    layer = kv.spec.layers[call.layer]
-    return layer.k_bytes + layer.v_bytes
+def _token_bytes(call: Call) -> int:
+    return call.spec.k_bytes + call.spec.v_bytes
 
 
-def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
+def attend(call: Call) -> torch.Tensor:
     parts: list[torch.Tensor] = []  # [some tokens, Hq, output_dim], one behind the other
-    has_kernel = takes(kv, call)
-    for first, last, shared, count in _runs(kv, call, step):
+    has_kernel = takes(call)
+    for first, last, shared, count in _runs(call):
         begin = _begin(call, first, last) if shared and call.window is None else sys.maxsize
-        if begin < shared * kv.spec.block_size:
-            parts.append(_beams(kv, call, step, first, last, shared, begin))
+        if begin < shared * call.kv.spec.block_size:
+            parts.append(_beams(call, first, last, shared, begin))
         elif count == 1 and has_kernel:
-            parts.append(decode(kv, call, step, first, last))
+            parts.append(decode(call, first, last))
         else:
-            parts += _rows(kv, call, step, first, last, count)
+            parts += _rows(call, first, last, count)
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out if out.dtype is call.q.dtype else out.to(call.q.dtype)
 
@@ -84,13 +83,13 @@ def _begin(call: Call, first: int, last: int) -> int:
     return begin if bool((call.firsts[first:last] == begin).all()) else sys.maxsize
 
 
-def _runs(kv: KVCache, call: Call, step: Step) -> list[tuple[int, int, int, int]]:
+def _runs(call: Call) -> list[tuple[int, int, int, int]]:
     """Rows that go together: (first, past the last, shared blocks, new tokens of each).
 
     Of shared blocks only so many count that reading them once is worth more than one call is.
     """
-    many = SHARED_BYTES // (_token_bytes(kv, call) * kv.spec.block_size)
-    return step.kept(("runs", many), lambda: _make_runs(step, many))
+    many = SHARED_BYTES // (_token_bytes(call) * call.kv.spec.block_size)
+    return call.step.kept(("runs", many), lambda: _make_runs(call.step, many))
 
 
 def _make_runs(step: Step, many: int) -> list[tuple[int, int, int, int]]:
@@ -111,86 +110,80 @@ def _make_runs(step: Step, many: int) -> list[tuple[int, int, int, int]]:
     return runs
 
 
-def _rows(
-    kv: KVCache, call: Call, step: Step, first: int, last: int, count: int
-) -> Iterator[torch.Tensor]:
+def _rows(call: Call, first: int, last: int, count: int) -> Iterator[torch.Tensor]:
     """Rows [first, last) of `count` new tokens each, one row and one tile of queries at a time."""
-    heads = kv.spec.layers[call.layer].num_kv_heads
+    plan, heads = call.step.plan, call.spec.num_kv_heads
     for row in range(first, last):
-        begin, length = int(step.plan.query_starts[row]), int(step.plan.seq_lens[row])
+        begin, length = int(plan.query_starts[row]), int(plan.seq_lens[row])
         for tile in range(0, count, QUERY_TILE):
             q = call.q[begin + tile : begin + min(tile + QUERY_TILE, count)]
             q = q.unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
             seen = 0 if call.firsts is None else int(call.firsts[row])
-            found, _ = _row(kv, call, step, q, row, length - count + tile, seen)
+            found, _ = _row(call, q, row, length - count + tile, seen)
             yield found.permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def _row(
-    kv: KVCache, call: Call, step: Step, q: torch.Tensor, row: int, at: int, first: int
-) -> Part:
+def _row(call: Call, q: torch.Tensor, row: int, at: int, first: int) -> Part:
     """Queries [H, G, n, query_dim] of one row, tokens from `at` on, to keys from `first` on."""
     num, end = q.shape[2], at + q.shape[2]
     window = end if call.window is None else call.window
     first = max(first, at - window + 1)
     part: Part | None = None
     # The newest keys first: each query sees one of them, itself, so that no sum is ever empty.
-    for start, stop, k, v in _keys(kv, call, step, row, first, at if num > 1 else end, end):
+    for start, stop, k, v in _keys(call, row, first, at if num > 1 else end, end):
         mask = None
         is_causal = num > 1 and start == at
-        if start < end - window or (is_causal and not _is_fused(kv, call)):
+        if start < end - window or (is_causal and not _is_fused(call)):
             keys = torch.arange(start, stop, device=q.device)
             positions = torch.arange(at, end, device=q.device)[:, None]
             mask = (keys <= positions) & (keys > positions - window)
-        new = _attend(kv, call, q, k, v, mask, is_causal)
+        new = _attend(call, q, k, v, mask, is_causal)
         part = new if part is None else _join(part, new)
     assert part is not None
     return part
 
 
-def _beams(
-    kv: KVCache, call: Call, step: Step, first: int, last: int, shared: int, begin: int
-) -> torch.Tensor:
+def _beams(call: Call, first: int, last: int, shared: int, begin: int) -> torch.Tensor:
     """Rows [first, last) of one new token each that share blocks, and see tokens from `begin` on.
 
     What they share is read once for all of them.
     """
-    end, at = shared * kv.spec.block_size, int(step.plan.query_starts[first])
-    heads = kv.spec.layers[call.layer].num_kv_heads
+    plan, heads = call.step.plan, call.spec.num_kv_heads
+    end, at = shared * call.kv.spec.block_size, int(plan.query_starts[first])
     q = call.q[at : at + last - first].unflatten(1, (heads, -1))
     part: Part
-    if takes(kv, call):
-        found, sums = decode_with_sums(kv, call, step, first, last, end)
+    if takes(call):
+        found, sums = decode_with_sums(call, first, last, end)
         part = (
             found.unflatten(1, (heads, -1)).permute(1, 2, 0, 3),
             sums.unflatten(1, (heads, -1)).permute(1, 2, 0),
         )
     else:
         tails = [
-            _row(kv, call, step, q[i].unsqueeze(2), first + i, int(length) - 1, end)
-            for i, length in enumerate(step.plan.seq_lens[first:last])
+            _row(call, q[i].unsqueeze(2), first + i, int(length) - 1, end)
+            for i, length in enumerate(plan.seq_lens[first:last])
         ]
         part = torch.cat([t[0] for t in tails], 2), torch.cat([t[1] for t in tails], 2)
     together = q.permute(1, 2, 0, 3)  # [H, G, n, query_dim]
-    for _, _, k, v in _keys(kv, call, step, first, begin, end, end):
-        part = _join(part, _attend(kv, call, together, k, v))
+    for _, _, k, v in _keys(call, first, begin, end, end):
+        part = _join(part, _attend(call, together, k, v))
     return part[0].permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _keys(
-    kv: KVCache, call: Call, step: Step, row: int, first: int, at: int, end: int
+    call: Call, row: int, first: int, at: int, end: int
 ) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
     """Runs of a row's keys and values: [at, end), then those of [first, at): (start, stop, k, v).
 
     k and v are [H, 1, stop - start, dim], in memory that the next run overwrites.
     """
-    size = kv.spec.block_size
-    step_tokens = max(1, RUN_BYTES // _token_bytes(kv, call) // size) * size
-    table = step.block_tables[row : row + 1]
+    kv, size = call.kv, call.kv.spec.block_size
+    run_tokens = max(1, RUN_BYTES // _token_bytes(call) // size) * size
+    table = call.step.block_tables[row : row + 1]
     bounds = [(at, end)] if end > at else []
     bounds += [
-        (max(start, first), min(start + step_tokens, at))
-        for start in range(first // size * size, at, step_tokens)
+        (max(start, first), min(start + run_tokens, at))
+        for start in range(first // size * size, at, run_tokens)
     ]
     for start, stop in bounds:
         block = start // size
@@ -199,22 +192,21 @@ def _keys(
         kept = kv.gather_blocks(call.layer, table, block, num_tokens, width)
         k, v = (
             t[0, :, None, start - block * size :].to(call.q.dtype)
-            for t in keys_and_values(kv.spec.layers[call.layer], kept)
+            for t in keys_and_values(call.spec, kept)
         )
         yield start, stop, k, v
 
 
-def _is_fused(kv: KVCache, call: Call) -> bool:
+def _is_fused(call: Call) -> bool:
     """Whether torch has this in one kernel that gives the log-sum-exp, too.
 
     Which hides what is behind a token by -inf before it multiplies, so for scale > 0 only.
     """
-    layer = kv.spec.layers[call.layer]
+    layer = call.spec
     return call.softcap is None and layer.query_dim == layer.output_dim and call.scale > 0
 
 
 def _attend(
-    kv: KVCache,
     call: Call,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -227,7 +219,7 @@ def _attend(
     `mask` [n, S] says all; without one a key is seen by all, or, if it is causal, by those behind.
     """
     heads, group, num, dim = q.shape
-    if mask is None and _is_fused(kv, call):
+    if mask is None and _is_fused(call):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         if not is_causal:  # the group's queries are rows of one product
             q, k, v = q.reshape(1, heads, group * num, dim), k.transpose(0, 1), v.transpose(0, 1)

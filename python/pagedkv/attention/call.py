@@ -34,18 +34,22 @@ __all__ = [
 
 
 class Call(NamedTuple):
-    """One layer's attention, its arguments checked.
+    """One layer's attention of a step, its arguments checked.
 
     Attributes:
+        layer, spec: its number and what it keeps.
         q: queries [T, Hq, query_dim], times the layer's scale of keys: products with what is stored
-            are those with the real keys. Nobody multiplies the answer by that of values but who
-            calls the backend.
+            are those with the real keys. The answer is times the scale of values only after
+            the backend, by whoever calls it.
         scale, softcap, window, attn_mask: as in `attend`. With a mask there is no window.
         firsts: the first token that each row sees, int32 [B], if that is all that the mask says of
             rows of one new token each, on a CPU; else None.
     """
 
+    kv: KVCache
+    step: Step
     layer: int
+    spec: LayerSpec
     q: torch.Tensor
     scale: float
     softcap: float | None
@@ -57,10 +61,10 @@ class Call(NamedTuple):
 class Backend(Protocol):
     """A module that attends over blocks in its own way."""
 
-    def refusal(self, kv: KVCache, call: Call) -> str | None:
+    def refusal(self, call: Call) -> str | None:
         """Why it cannot, to be read behind its name; None if it can."""
 
-    def attend(self, kv: KVCache, call: Call, step: Step) -> torch.Tensor:
+    def attend(self, call: Call) -> torch.Tensor:
         """[T, Hq, output_dim] in q's dtype."""
 
 
@@ -97,11 +101,9 @@ def installed(name: str) -> ModuleType | str:
         return "is not installed" if missing else f"is installed, but {error}"
 
 
-def kernel_refusal(
-    kv: KVCache, call: Call, *, softcap: bool = True, fp8: bool = False
-) -> str | None:
-    """What flash kernels over blocks do not take, but for what this one says that it does."""
-    layer = kv.spec.layers[call.layer]
+def kernel_refusal(call: Call, *, softcap: bool = True, fp8: bool = False) -> str | None:
+    """Why no flash kernel over blocks takes this, or this one not, by what it says it has."""
+    kv, layer = call.kv, call.spec
     stored = kv.k(call.layer).dtype
     if kv.device.type != "cuda":
         return f"needs a GPU, and this cache is on {kv.device}"

@@ -8,7 +8,6 @@ import torch
 
 if TYPE_CHECKING:
     from pagedkv.attention.call import Call
-    from pagedkv.cache import KVCache
     from pagedkv.step import Step
 
 __all__ = ["decode", "decode_with_sums", "takes"]
@@ -17,58 +16,52 @@ _INT32 = 2**31 - 1
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def takes(kv: KVCache, call: Call) -> bool:
+def takes(call: Call) -> bool:
     """Whether there is one for what this layer keeps. It computes in float32."""
     if call.q.dtype == torch.float64:
         return False
-    layer, dtype = kv.spec.layers[call.layer], kv.k(call.layer).dtype
+    layer, dtype = call.spec, call.kv.k(call.layer).dtype
     whole = layer.k_dim % 8 == 0 and layer.v_dim % 8 == 0 and layer.kind != "latent"
-    return whole and dtype in _TYPES and kv.host_pool is not None
+    return whole and dtype in _TYPES and call.kv.host_pool is not None
 
 
-def decode(kv: KVCache, call: Call, step: Step, first: int, last: int) -> torch.Tensor:
+def decode(call: Call, first: int, last: int) -> torch.Tensor:
     """Rows [first, last) of the step, of one new token each: float32 [last - first, Hq, v_dim]."""
-    q = _queries(call, step, first, last)
+    q = _queries(call, first, last)
     firsts = 0 if call.firsts is None else call.firsts[first:].data_ptr()
-    return _decode(kv, call, step, (first, last), q, firsts, 0)
+    return _decode(call, (first, last), q, firsts, 0)
 
 
 def decode_with_sums(
-    kv: KVCache, call: Call, step: Step, first: int, last: int, begin: int
+    call: Call, first: int, last: int, begin: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same to keys from `begin` on, and the log-sum-exp of the scores [last - first, Hq]."""
-    q = _queries(call, step, first, last)
+    q = _queries(call, first, last)
     sums = q.new_empty(q.shape[:2])
     firsts = q.new_full((len(q),), begin, dtype=torch.int32)
-    found = _decode(kv, call, step, (first, last), q, firsts.data_ptr(), sums.data_ptr())
+    found = _decode(call, (first, last), q, firsts.data_ptr(), sums.data_ptr())
     return found, sums
 
 
-def _queries(call: Call, step: Step, first: int, last: int) -> torch.Tensor:
+def _queries(call: Call, first: int, last: int) -> torch.Tensor:
     """Float32 [last - first, Hq, k_dim], contiguous: what is asked with, where it is so."""
     q = call.q
     if last - first < len(q):
-        at = int(step.plan.query_starts[first])
+        at = int(call.step.plan.query_starts[first])
         q = q[at : at + last - first]
     return q.float().contiguous()
 
 
 def _decode(
-    kv: KVCache,
-    call: Call,
-    step: Step,
-    rows: tuple[int, int],
-    q: torch.Tensor,
-    firsts_at: int,
-    sums_at: int,
+    call: Call, rows: tuple[int, int], q: torch.Tensor, firsts_at: int, sums_at: int
 ) -> torch.Tensor:
-    layer, pool = kv.spec.layers[call.layer], kv.host_pool
+    step, layer, pool = call.step, call.spec, call.kv.host_pool
     assert pool is not None
     num_heads = q.shape[1]
     out = q.new_empty(rows[1] - rows[0], num_heads, layer.v_dim)
     pool.attend(
         call.layer,
-        _TYPES[kv.k(call.layer).dtype],
+        _TYPES[call.kv.k(call.layer).dtype],
         *step.kept(("rows", rows), lambda: _tables(step, *rows)),
         layer.num_kv_heads,
         num_heads // layer.num_kv_heads,

@@ -14,28 +14,26 @@ from pagedkv.attention.call import installed, kernel_refusal, window_pair
 
 if TYPE_CHECKING:
     from pagedkv.attention.call import Call
-    from pagedkv.cache import KVCache
-    from pagedkv.step import Step
 
 __all__ = ["attend", "refusal"]
 
 
-def refusal(kv: KVCache, call: Call) -> str | None:
+def refusal(call: Call) -> str | None:
     if isinstance(installed("flash_attn_interface"), str):
         two = installed("flash_attn")
         if isinstance(two, str):
             return two
-        if kv.spec.block_size % 256:
+        if call.kv.spec.block_size % 256:
             return (
                 "is version 2, which needs a block_size that is a multiple of 256, and it is "
-                f"{kv.spec.block_size}: install version 3"
+                f"{call.kv.spec.block_size}: install version 3"
             )
-    return kernel_refusal(kv, call)
+    return kernel_refusal(call)
 
 
-def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
-    plan = step.plan
-    k, v = kv.read(call.layer)
+def attend(call: Call) -> torch.Tensor:
+    step, plan = call.step, call.step.plan
+    k, v = call.kv.read(call.layer)
     max_new = int((plan.query_starts[1:] - plan.query_starts[:-1]).max())
     options = {
         "softmax_scale": call.scale,

@@ -19,8 +19,6 @@ from pagedkv.machine import host_tensor
 
 if TYPE_CHECKING:
     from pagedkv.attention.call import Call
-    from pagedkv.cache import KVCache
-    from pagedkv.step import Step
 
 __all__ = ["attend", "refusal"]
 
@@ -28,14 +26,14 @@ WORKSPACE_BYTES = 128 << 20  # what its documentation recommends
 HEAD_DIMS = (64, 128, 256)
 
 
-def refusal(kv: KVCache, call: Call) -> str | None:
+def refusal(call: Call) -> str | None:
     package = installed("flashinfer")
     if isinstance(package, str):
         return package
-    reason = kernel_refusal(kv, call, fp8=True)
+    reason = kernel_refusal(call, fp8=True)
     if reason is not None:
         return reason
-    dim = kv.spec.layers[call.layer].k_dim
+    kv, dim = call.kv, call.spec.k_dim
     if dim not in HEAD_DIMS:
         return f"needs a k_dim of {', '.join(map(str, HEAD_DIMS))}, and the layer's is {dim}"
     if kv.k(call.layer).stride() != kv.v(call.layer).stride():
@@ -45,23 +43,17 @@ def refusal(kv: KVCache, call: Call) -> str | None:
     return None
 
 
-def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
-    key = (
-        call.q.shape[1],
-        kv.spec.layers[call.layer],
-        call.q.dtype,
-        call.scale,
-        call.softcap,
-        call.window,
-    )
-    wrapper = step.kept(("flashinfer", key), lambda: _planned(kv, call, step, key))
-    out: torch.Tensor = wrapper.run(call.q, kv.read(call.layer))
+def attend(call: Call) -> torch.Tensor:
+    key = call.q.shape[1], call.spec, call.q.dtype, call.scale, call.softcap, call.window
+    wrapper = call.step.kept(("flashinfer", key), lambda: _planned(call, key))
+    out: torch.Tensor = wrapper.run(call.q, call.kv.read(call.layer))
     return out
 
 
-def _planned(kv: KVCache, call: Call, step: Step, key: object) -> Any:
+def _planned(call: Call, key: object) -> Any:
     """A wrapper that has planned this step for layers of this kind."""
-    memory, layer, size = kv.backend_memory, kv.spec.layers[call.layer], kv.spec.block_size
+    kv, step, layer = call.kv, call.step, call.spec
+    memory, size = kv.backend_memory, kv.spec.block_size
     if "flashinfer" not in memory:  # one for all: its kernels run one after the other
         memory["flashinfer"] = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=kv.device)
     turn = ("flashinfer", key, step.plan.step % 2)

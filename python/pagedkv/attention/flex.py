@@ -32,10 +32,10 @@ QUERY_TILE = 128  # queries that share one list of blocks
 MOST_VARIANTS = 64  # of the compiled kernel
 
 
-def refusal(kv: KVCache, call: Call) -> str | None:
-    k, v = kv.k(call.layer), kv.v(call.layer)
-    size = kv.spec.block_size
-    if kv.spec.layers[call.layer].kind == "latent":
+def refusal(call: Call) -> str | None:
+    k, v = call.kv.k(call.layer), call.kv.v(call.layer)
+    size = call.kv.spec.block_size
+    if call.spec.kind == "latent":
         return "does not attend over latents"
     if not (k.is_contiguous() and v.is_contiguous()):
         return 'needs a layer\'s blocks side by side, as in layout "layer_major"'
@@ -43,12 +43,13 @@ def refusal(kv: KVCache, call: Call) -> str | None:
         return "takes no attn_mask"
     if k.dtype != call.q.dtype:
         return f"needs queries and keys of one dtype: {call.q.dtype}, and stored are {k.dtype}"
-    if kv.device.type == "cuda" and (size < 16 or size & (size - 1)):
+    if call.kv.device.type == "cuda" and (size < 16 or size & (size - 1)):
         return f"needs a block_size that is a power of two from 16 on, and it is {size}"
     return None
 
 
-def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
+def attend(call: Call) -> torch.Tensor:
+    kv, step = call.kv, call.step
     pools = kv.read(call.layer)
     _clear_tails(pools[1], step, kv.spec.block_size)
     k, v = (t.flatten(0, 1).transpose(0, 1)[None] for t in pools)
@@ -62,7 +63,7 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
             k,
             v,
             score_mod=_score_mod(call.softcap),
-            block_mask=_block_mask(kv, step, first, last, count, call.window),
+            block_mask=_block_mask(call, first, last, count),
             scale=call.scale,
             enable_gqa=q.shape[1] != k.shape[1],
             kernel_options={"BLOCK_N": min(kv.spec.block_size, 64)} if on_gpu else None,
@@ -119,20 +120,19 @@ def _score_mod(softcap: float | None) -> Callable[..., torch.Tensor] | None:
     return lambda score, b, h, query, key: softcap * torch.tanh(score / softcap)
 
 
-def _block_mask(
-    kv: KVCache, step: Step, first: int, last: int, count: int, window: int | None
-) -> BlockMask:
+def _block_mask(call: Call, first: int, last: int, count: int) -> BlockMask:
+    kv, step, window = call.kv, call.step, call.window
+
     def make() -> BlockMask:
-        depths = step.kept("depths", lambda: _depths(kv, step))
+        depths = step.kept("depths", lambda: _depths(kv, step.block_tables))
         tables, lens = step.block_tables[first:last], step.seq_lens[first:last]
         return _make_block_mask(tables, lens - count, count, depths, kv.spec.block_size, window)
 
     return step.kept(("block mask", first, window), make)
 
 
-def _depths(kv: KVCache, step: Step) -> torch.Tensor:
-    """How many blocks are before each, int64 [N]; anything for blocks that nobody holds here."""
-    tables = step.block_tables
+def _depths(kv: KVCache, tables: torch.Tensor) -> torch.Tensor:
+    """How many blocks are before each, int64 [N]; undefined for blocks of no row of the step."""
     depths = torch.empty(kv.manager.num_device_blocks + 1, dtype=torch.int64, device=kv.device)
     depths[tables.long()] = torch.arange(tables.shape[1], device=kv.device)
     return depths

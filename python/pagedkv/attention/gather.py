@@ -19,21 +19,19 @@ from pagedkv.attention.call import keys_and_values, widened
 
 if TYPE_CHECKING:
     from pagedkv.attention.call import Call
-    from pagedkv.cache import KVCache
     from pagedkv.step import Step
 
 __all__ = ["attend", "refusal"]
 
 
-def refusal(kv: KVCache, call: Call) -> str | None:
+def refusal(call: Call) -> str | None:
     return None
 
 
-def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
-    plan, layer, q, attn_mask = step.plan, call.layer, call.q, call.attn_mask
-    scale, softcap, window = call.scale, call.softcap, call.window
-    spec = kv.spec.layers[layer]
-    out = q.new_empty(q.shape[0], q.shape[1], spec.output_dim)
+def attend(call: Call) -> torch.Tensor:
+    kv, step, q, attn_mask = call.kv, call.step, call.q, call.attn_mask
+    plan, softcap, window = step.plan, call.softcap, call.window
+    out = q.new_empty(q.shape[0], q.shape[1], call.spec.output_dim)
     starts, lens = plan.query_starts, plan.seq_lens
     tables, lens_there = step.block_tables, step.seq_lens
     if attn_mask is not None:
@@ -51,11 +49,12 @@ def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
             mask = _mask_of_step(step, first, last, window)
         queries = q[rows].unflatten(0, (last - first, -1)).transpose(1, 2)
         if shared:
-            found = _shared(kv, layer, queries, step, first, last, shared, scale, softcap, mask)
+            found = _shared(call, queries, first, last, shared, mask)
         else:
-            kept = kv.gather_blocks(layer, tables[first:last], 0, lens_there[first:last], width)
-            k, v = keys_and_values(spec, kept)
-            found = dense(queries, k, v, scale, softcap, mask, is_causal)
+            rows_lens = lens_there[first:last]
+            kept = kv.gather_blocks(call.layer, tables[first:last], 0, rows_lens, width)
+            k, v = keys_and_values(call.spec, kept)
+            found = dense(queries, k, v, call.scale, softcap, mask, is_causal)
         out[rows] = found.transpose(1, 2).flatten(0, 1)
     return out
 
@@ -154,25 +153,18 @@ def _weights(
 
 
 def _shared(
-    kv: KVCache,
-    layer: int,
-    q: torch.Tensor,
-    step: Step,
-    first: int,
-    last: int,
-    shared: int,
-    scale: float,
-    softcap: float | None,
-    mask: torch.Tensor | None,
+    call: Call, q: torch.Tensor, first: int, last: int, shared: int, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """One query each for rows whose first `shared` blocks are the same: q [n, Hq, 1, D]."""
-    num_shared = shared * kv.spec.block_size
+    kv, step, num_shared = call.kv, call.step, shared * call.kv.spec.block_size
     tables, longest = step.block_tables[first:last], int(step.plan.seq_lens[first:last].max())
     run, tails = step.shared_lens(first, last, num_shared)
-    spec, width = kv.spec.layers[layer], longest - num_shared
-    kept_run = kv.gather_blocks(layer, tables[:1], 0, run, num_shared, part=0)
-    kept_tail = kv.gather_blocks(layer, tables, shared, tails, width, part=1)
-    (k_run, v_run), (k_tail, v_tail) = (keys_and_values(spec, t) for t in (kept_run, kept_tail))
+    width = longest - num_shared
+    kept_run = kv.gather_blocks(call.layer, tables[:1], 0, run, num_shared, part=0)
+    kept_tail = kv.gather_blocks(call.layer, tables, shared, tails, width, part=1)
+    (k_run, v_run), (k_tail, v_tail) = (
+        keys_and_values(call.spec, t) for t in (kept_run, kept_tail)
+    )
     if k_run.dtype != q.dtype:
         k_run, v_run, k_tail, v_tail = (t.to(q.dtype) for t in (k_run, v_run, k_tail, v_tail))
     q, k_run, v_run, k_tail, v_tail = widened(q, k_run, v_run, k_tail, v_tail)
@@ -188,7 +180,7 @@ def _shared(
     )  # [n, H, G, S]
     if mask is not None and mask.shape[1] > 1:
         mask = mask.unflatten(1, (num_heads, -1)).squeeze(3)
-    weights = _weights(scores, scale, softcap, mask)
+    weights = _weights(scores, call.scale, call.softcap, mask)
     run_weights = weights[..., :num_shared].transpose(0, 1).flatten(1, 2)  # [H, n * G, S]
     found: torch.Tensor = (run_weights @ v_run[0]).unflatten(1, (n, -1)).transpose(0, 1)
     found = found + weights[..., num_shared:] @ v_tail

@@ -15,20 +15,18 @@ from pagedkv.attention.call import kernel_refusal, window_pair
 
 if TYPE_CHECKING:
     from pagedkv.attention.call import Call
-    from pagedkv.cache import KVCache
-    from pagedkv.step import Step
 
 __all__ = ["attend", "refusal"]
 
 
-def refusal(kv: KVCache, call: Call) -> str | None:
+def refusal(call: Call) -> str | None:
     if not _takes_tables():
         return (
             f"needs torch 2.13, whose varlen_attn takes block tables: this is {torch.__version__}"
         )
     from torch.nn.attention import current_flash_attention_impl
 
-    reason = kernel_refusal(kv, call, softcap=False)
+    reason = kernel_refusal(call, softcap=False)
     if reason is None and current_flash_attention_impl() is None:
         return (
             "needs kernels that take block tables: "
@@ -47,11 +45,11 @@ def _takes_tables() -> bool:
     return "block_table" in signature(varlen_attn).parameters
 
 
-def attend(kv: KVCache, call: Call, step: Step) -> torch.Tensor:
+def attend(call: Call) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    plan = step.plan
-    k, v = kv.read(call.layer)
+    step, plan = call.step, call.step.plan
+    k, v = call.kv.read(call.layer)
     out = varlen_attn(
         call.q,
         k,
