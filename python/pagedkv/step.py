@@ -8,7 +8,6 @@ from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 
 from pagedkv.checks import address
@@ -36,10 +35,6 @@ class Csr(NamedTuple):
     kv_indptr: torch.Tensor
     kv_indices: torch.Tensor
     kv_last_page_len: torch.Tensor
-
-
-_SHARED_PART = 4  # what a run shares is read apart if it is at least a quarter of the longest row
-_PADDING = 256  # tokens: to read so many for nothing costs about what one more call does
 
 
 class Step:
@@ -94,6 +89,7 @@ class Step:
         self._stale = True
         self._views.clear()
         self._kept.clear()
+        vars(self).pop("slots_at", None)  # so that it asks for the slots again
 
     def kept(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returned when `key` was first asked for: one for all layers of the step."""
@@ -151,61 +147,6 @@ class Step:
         rows = torch.repeat_interleave(counts, output_size=total)
         columns = torch.arange(total, device=lens.device) - indptr[rows]
         return Csr(indptr, self.block_tables[rows, columns], lens - (counts - 1) * size)
-
-    @cached_property
-    def shared_runs(self) -> list[tuple[int, int, int]]:
-        """Neighbouring rows that begin with the same blocks: (first row, past the last, blocks)."""
-        tables, runs, first = self.plan.block_tables, [], 0
-        for row in range(1, len(tables) + 1):
-            if row < len(tables) and tables[row, 0] == tables[first, 0]:
-                continue
-            differs = (tables[first + 1 : row] != tables[first]).any(axis=0)
-            shared = int(differs.argmax()) if row - first > 1 else 0
-            runs.append((first, row, shared))
-            first = row
-        return runs
-
-    @cached_property
-    def groups(self) -> list[tuple[int, int, int]]:
-        """Neighbouring rows that attention takes together: (first, past the last, shared blocks).
-
-        Rows of one new token each: with the blocks that they share, if these are a good part of
-        them, or without, if little of what they are padded to is padding. Others go alone.
-        """
-        counts, lens = np.diff(self.plan.query_starts), self.plan.seq_lens
-        groups: list[tuple[int, int, int]] = []
-        longest = total = 0  # of the last group, if more rows may join it
-        for first, last, shared in self.shared_runs:
-            worth = _SHARED_PART * shared * self._kv.spec.block_size >= lens[first:last].max()
-            if worth and counts[first:last].max() == 1:
-                groups.append((first, last, shared))
-                total = 0
-                continue
-            for row in range(first, last):
-                length = int(lens[row])
-                begin = groups[-1][0] if total and counts[row] == 1 else row
-                together = max(longest, length) if begin < row else length
-                padding = (row + 1 - begin) * together - total - length
-                if begin < row and padding <= max(_PADDING, (total + length) // 4):
-                    groups[-1] = begin, row + 1, 0
-                    longest, total = together, total + length
-                else:
-                    groups.append((row, row + 1, 0))
-                    longest, total = length, length if counts[row] == 1 else 0
-        return groups
-
-    def shared_lens(
-        self, first: int, last: int, num_shared: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lengths of a shared run and of rows' tails behind it, int32 [1] and [last - first].
-
-        On the cache's device, made there, once for all layers.
-        """
-        lens = self.seq_lens[first:last]
-        return self.kept(
-            ("lengths of a shared run", first, last),
-            lambda: (lens.new_full((1,), num_shared), lens - num_shared),
-        )
 
     @property
     def is_open(self) -> bool:

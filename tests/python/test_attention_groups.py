@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import pagedkv as pk  # noqa: E402
+from pagedkv.attention.groups import groups  # noqa: E402
 
 LAYERS, HEADS, DIM, SIZE = 2, 2, 8, 4
 SPEC = pk.KVSpec(
@@ -43,14 +44,14 @@ class World:
                 k, v = torch.cat(new)[:, layer].unbind(1)
                 q = torch.randn(total, 2 * HEADS, DIM)
                 self.kv.write(layer, k.contiguous(), v.contiguous(), step)
-                found = self.kv.attention(layer, q, step, window=window)
-                for id, mine, out in zip(ids, q.split(counts), found.split(counts), strict=True):
+                outputs = self.kv.attention(layer, q, step, window=window)
+                for id, mine, out in zip(ids, q.split(counts), outputs.split(counts), strict=True):
                     expected = naive(mine, self.past[id][:, layer], window)
                     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-            groups = list(step.groups)
-            assert [first for first, _, _ in groups] == [0, *(last for _, last, _ in groups)][:-1]
-            assert groups[-1][1] == len(ids)
-        return groups
+            found = groups(step, SIZE)
+            assert [first for first, _, _ in found] == [0, *(last for _, last, _ in found)][:-1]
+            assert found[-1][1] == len(ids)
+        return found
 
 
 def naive(q: torch.Tensor, past: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -90,8 +91,8 @@ def test_rows_that_share_a_little_or_much(world: World, shared: int) -> None:
     beams = world.fork(trunk, 4)
     for beam in beams:
         world.step([beam], [int(world.random.integers(20, 60))])
-    groups = world.step([*beams, other], [1] * 5)
-    assert any(blocks for _, _, blocks in groups) == (shared > 4)
+    found = world.step([*beams, other], [1] * 5)
+    assert any(blocks for _, _, blocks in found) == (shared > 4)
     world.step([beams[0], other, *beams[1:]], [1, 2, 1, 1, 1])
     world.step([*beams, other], [2, 1, 1, 1, 1])
 
@@ -103,11 +104,11 @@ def test_near_lengths_go_together_and_far_ones_apart(world: World) -> None:
         world.kv.step([id], None, [length]).commit()
         world.past[id] = torch.zeros(0, LAYERS, 2, HEADS, DIM)
     with world.kv.step(ids) as step:
-        assert step.groups == [(0, 3, 0), (3, 5, 0), (5, 6, 0)]
+        assert groups(step, SIZE) == [(0, 3, 0), (3, 5, 0), (5, 6, 0)]
     with world.kv.step(ids, None, [1, 1, 2, 1, 1, 1]) as step:
-        assert step.groups == [(0, 2, 0), (2, 3, 0), (3, 5, 0), (5, 6, 0)]
+        assert groups(step, SIZE) == [(0, 2, 0), (2, 3, 0), (3, 5, 0), (5, 6, 0)]
     with world.kv.step(ids[::-1]) as step:
-        assert step.groups == [(0, 1, 0), (1, 3, 0), (3, 6, 0)]
+        assert groups(step, SIZE) == [(0, 1, 0), (1, 3, 0), (3, 6, 0)]
 
 
 def test_little_is_read_for_nothing(world: World) -> None:
@@ -117,8 +118,8 @@ def test_little_is_read_for_nothing(world: World) -> None:
         world.kv.step([id], None, [int(length)]).commit()
     with world.kv.step(ids) as step:
         lens = step.plan.seq_lens
-        for first, last, _ in step.groups:
+        for first, last, _ in groups(step, SIZE):
             real = int(lens[first:last].sum())
             padded = (last - first) * int(lens[first:last].max())
             assert padded - real <= max(256, real / 4)
-        assert len(step.groups) < 10
+        assert len(groups(step, SIZE)) < 10

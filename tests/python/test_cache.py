@@ -282,12 +282,15 @@ def test_step_outputs_are_tensors(kv: KVCache) -> None:
 def test_a_step_whose_buffers_are_another_ones_says_so(kv: KVCache, name: str) -> None:
     a = kv.create([])
     with kv.step([a], [1, 2], counts=[2]) as old:
+        assert old.slots_at == old.slots.data_ptr()
         before = getattr(old, name).clone()
     assert getattr(old, name).equal(before)  # closed, and still what it was
     with kv.step([a], [3]) as new:
         getattr(new, name)
         with pytest.raises(InvalidState, match="before the next"):
             getattr(old, name)
+        with pytest.raises(InvalidState, match="before the next"):
+            _ = old.slots_at
 
 
 @pytest.mark.parametrize("command", ["ready", "wait", "resume"])

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pagedkv.attention.call import equal_counts, keys_and_values, widened
+from pagedkv.attention.call import keys_and_values, widened
 from pagedkv.attention.decode import decode, decode_with_sums, takes
+from pagedkv.attention.groups import equal_counts, shared_runs
 
 if TYPE_CHECKING:
     from pagedkv.attention.call import Call
@@ -99,7 +100,7 @@ def _make_runs(step: Step, many: int) -> list[tuple[int, int, int, int]]:
             runs.append((begin, end, 0, count))
             continue
         first = begin
-        for low, high, shared in step.shared_runs:
+        for low, high, shared in shared_runs(step):
             if shared > many and begin <= low and high <= end:
                 if first < low:
                     runs.append((first, low, 0, 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -14,7 +13,6 @@ from pagedkv.errors import InvalidSpec
 from pagedkv.fp8 import is_fp8
 
 if TYPE_CHECKING:
-    from pagedkv._core import StepPlan
     from pagedkv.cache import KVCache
     from pagedkv.spec import LayerSpec
     from pagedkv.step import Step
@@ -23,7 +21,6 @@ __all__ = [
     "Backend",
     "Call",
     "check_rule",
-    "equal_counts",
     "installed",
     "kernel_refusal",
     "keys_and_values",
@@ -138,13 +135,3 @@ def widened(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     instructions for them.
     """
     return tuple(t.float() if t.device.type == "cpu" and t.itemsize < 4 else t for t in tensors)
-
-
-def equal_counts(plan: StepPlan) -> Iterator[tuple[int, int, int]]:
-    """Neighbouring rows with as many new tokens: (first row, past the last, tokens of each)."""
-    counts = (plan.query_starts[1:] - plan.query_starts[:-1]).tolist()
-    first = 0
-    for row in range(1, len(counts) + 1):
-        if row == len(counts) or counts[row] != counts[first]:
-            yield first, row, counts[first]
-            first = row

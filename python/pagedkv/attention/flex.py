@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pagedkv.attention.call import equal_counts
+from pagedkv.attention.groups import equal_counts
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

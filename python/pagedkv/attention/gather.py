@@ -4,7 +4,7 @@ Rows of a batch that begin with the same blocks (beams, samples) read them once 
 queries attend to the shared run together, each row to its own tail apart, and one softmax runs
 over both. The idea is that of Juravsky et al., "Hydragen: High-Throughput LLM Inference with Shared
 Prefixes" (2024), with the scores joined before the softmax instead of the outputs after it. Other
-rows of one new token go together if their lengths are near each other; see `Step.groups`.
+rows of one new token go together if their lengths are near each other; see `groups`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from pagedkv.attention.call import keys_and_values, widened
+from pagedkv.attention.groups import groups
 
 if TYPE_CHECKING:
     from pagedkv.attention.call import Call
@@ -36,7 +37,7 @@ def attend(call: Call) -> torch.Tensor:
     tables, lens_there = step.block_tables, step.seq_lens
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    for first, last, shared in step.groups:
+    for first, last, shared in groups(step, kv.spec.block_size):
         rows = slice(int(starts[first]), int(starts[last]))
         width, mask = int(lens[first:last].max()), None
         is_causal = attn_mask is None and softcap is None and _is_new(step, first, last, window)
@@ -157,9 +158,12 @@ def _shared(
 ) -> torch.Tensor:
     """One query each for rows whose first `shared` blocks are the same: q [n, Hq, 1, D]."""
     kv, step, num_shared = call.kv, call.step, shared * call.kv.spec.block_size
-    tables, longest = step.block_tables[first:last], int(step.plan.seq_lens[first:last].max())
-    run, tails = step.shared_lens(first, last, num_shared)
-    width = longest - num_shared
+    tables, lens = step.block_tables[first:last], step.seq_lens[first:last]
+    run, tails = step.kept(  # on the device, where nobody waits for them
+        ("lengths of a shared run", first, last),
+        lambda: (lens.new_full((1,), num_shared), lens - num_shared),
+    )
+    width = int(step.plan.seq_lens[first:last].max()) - num_shared
     kept_run = kv.gather_blocks(call.layer, tables[:1], 0, run, num_shared, part=0)
     kept_tail = kv.gather_blocks(call.layer, tables, shared, tails, width, part=1)
     (k_run, v_run), (k_tail, v_tail) = (
