@@ -244,7 +244,7 @@ def with_model(model: str | None) -> list[System]:
     if model is None:
         from rich.console import Console
 
-        from pagedkv._demo_model import smollm2_folder
+        from pagedkv.demo.model import smollm2_folder
 
         model = str(smollm2_folder(Console(stderr=True)))
     return [replace(s, arguments=(*s.arguments, "--model", model)) for s in CACHES]

@@ -27,7 +27,7 @@ from rich.console import Console
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import pagedkv as pk
-from pagedkv._demo_model import DemoModel, load
+from pagedkv.demo.model import DemoModel, load
 from pagedkv.preemption import PreemptMode
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")  # whose modules are put together in the same way

@@ -20,7 +20,7 @@ from rich.console import Console
 
 import pagedkv as pk
 from engine import Engine, encode, prompts
-from pagedkv._demo_model import DemoModel, load
+from pagedkv.demo.model import DemoModel, load
 
 TEXT = (
     "The harbour opens at six. Boats that carry fish go to the north pier, boats that carry bread "

@@ -22,7 +22,7 @@ from rich.console import Console
 
 import pagedkv as pk
 from engine import Engine, Request, prompts
-from pagedkv._demo_model import DemoModel, load
+from pagedkv.demo.model import DemoModel, load
 
 
 def paged(network: Any, requests: list[Request]) -> list[list[int]]:

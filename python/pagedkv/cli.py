@@ -102,7 +102,7 @@ def demo(
     if not out.parent.is_dir():
         raise typer.BadParameter(f"the folder {out.parent} does not exist", param_hint="--out")
     try:
-        code = import_module("pagedkv.demo").run(model, device, out)
+        code = import_module("pagedkv.demo.command").run(model, device, out)
     except ImportError as error:
         _fail(f"the demo needs more packages ({error}): pip install 'pagedkv[demo]'")
     raise typer.Exit(code)

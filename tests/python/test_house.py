@@ -187,7 +187,7 @@ def test_only_the_command_line_needs_typer_and_rich() -> None:
         for p in package_modules()
         if {i.split(".")[0] for i in top_imports(p)} & {"typer", "rich"}
     }
-    allowed = [PACKAGE / "cli.py", PACKAGE / "demo.py", *PACKAGE.glob("_demo*.py")]
+    allowed = [PACKAGE / "cli.py", *PACKAGE.glob("demo/*.py")]
     allowed += [*PACKAGE.glob("*/command.py"), *PACKAGE.glob("*/show.py")]
     assert users <= {name(p) for p in allowed}
 
@@ -196,8 +196,6 @@ def test_the_package_does_not_import_the_integrations() -> None:
     below = [p for p in package_modules() if p.parent == PACKAGE]
     assert below
     for path in below:
-        if path.stem.lstrip("_").startswith("demo"):
-            continue  # an application of everything
         assert not any(i.startswith("pagedkv.integrations") for i in top_imports(path)), name(path)
 
 

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import pagedkv as pk  # noqa: E402
-from pagedkv._demo_model import DemoModel, tiny_llama  # noqa: E402
+from pagedkv.demo.model import DemoModel, tiny_llama  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEW = 50

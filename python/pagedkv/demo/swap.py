@@ -16,8 +16,8 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pagedkv._demo_model import DemoModel
 from pagedkv.cache import KVCache
+from pagedkv.demo.model import DemoModel
 from pagedkv.spec import KVSpec
 from pagedkv.transfers import Transfer
 

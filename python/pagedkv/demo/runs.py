@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LogitsProcessor
 
-from pagedkv._demo_model import DemoModel, ModelUnavailable
+from pagedkv.demo.model import DemoModel, ModelUnavailable
 from pagedkv.integrations.transformers import PagedCache
 
 NEW_TOKENS = 40

@@ -25,8 +25,8 @@ from pagedkv.units import format_bytes
 if TYPE_CHECKING:
     import torch
 
-    from pagedkv._demo_model import DemoModel
-    from pagedkv._demo_runs import Comparison, Divergence, Scene
+    from pagedkv.demo.model import DemoModel
+    from pagedkv.demo.runs import Comparison, Divergence, Scene
 
 __all__ = ["run"]
 
@@ -85,9 +85,9 @@ def run(model: str, device: str, out: Path) -> int:
     console.print(_describe(device))
 
     with console.status("loading torch and transformers"):
-        import pagedkv._demo_picture  # noqa: F401  a missing matplotlib is told now, not at the end
-        from pagedkv._demo_model import ModelUnavailable, load
-        from pagedkv._demo_runs import prompts, scenes
+        import pagedkv.demo.picture  # noqa: F401  a missing matplotlib is told now, not at the end
+        from pagedkv.demo.model import ModelUnavailable, load
+        from pagedkv.demo.runs import prompts, scenes
 
     try:
         begin = time.perf_counter()
@@ -108,7 +108,7 @@ def run(model: str, device: str, out: Path) -> int:
 
 def _show(model: DemoModel, scene: Scene, console: Console) -> Comparison:
     """Run a scene's rounds, then print its text and whether all tokens are equal."""
-    from pagedkv._demo_runs import NEW_TOKENS, Comparison, find_divergence, run_dense, run_paged
+    from pagedkv.demo.runs import NEW_TOKENS, Comparison, find_divergence, run_dense, run_paged
 
     rounds = Comparison()
     with console.status("") as status:
@@ -139,8 +139,8 @@ def _show(model: DemoModel, scene: Scene, console: Console) -> Comparison:
 
 def _show_engine(model: DemoModel, out: Path, console: Console) -> None:
     """More requests than fit on the device, preempted and resumed: are their tokens the same?"""
-    from pagedkv._demo_runs import find_divergence
-    from pagedkv._demo_swap import can_run, draw_timeline, run_all
+    from pagedkv.demo.runs import find_divergence
+    from pagedkv.demo.swap import can_run, draw_timeline, run_all
 
     if not can_run(model):
         console.print("\nNo preemption: the engine of the demo runs Llamas and Qwens only.")
@@ -232,8 +232,8 @@ def _draw(
     model: DemoModel, first: torch.Tensor, second: torch.Tensor, out: Path, console: Console
 ) -> None:
     """A beam search after an earlier request with the same beginning: draw who shares what."""
-    from pagedkv._demo_picture import draw_tree
-    from pagedkv._demo_runs import MEMORY, beam_scene, grow_tree
+    from pagedkv.demo.picture import draw_tree
+    from pagedkv.demo.runs import MEMORY, beam_scene, grow_tree
     from pagedkv.integrations.transformers import PagedCache
 
     with (
