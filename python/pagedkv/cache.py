@@ -161,7 +161,7 @@ class KVCache(Steps):
         Raises InvalidSpec for a wrong shape or device, InvalidState if `step` is not this cache's
         open one.
         """
-        # Mostly they are what the layer keeps, and the writer looks at them quicker than Python.
+        # K and V mostly are of the layer's own type, which the writer checks quicker than Python.
         is_open = step is self._step is not None
         writer = self._writers.get(layer) if is_open and type(layer) is int else None
         if writer is not None:

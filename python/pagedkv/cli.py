@@ -117,7 +117,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point. What the user can mend ends in a message and exit code 2, not a traceback."""
+    """Entry point. An error that the user can mend is a message and exit code 2, no traceback."""
     before = signal.signal(signal.SIGPIPE, _on_broken_pipe)
     try:
         _run()
@@ -130,7 +130,7 @@ def main() -> None:
 
 
 def _on_broken_pipe(number: int, frame: FrameType | None) -> None:
-    """Who reads the output may stop early, as `head` does: end as other commands do.
+    """The reader of the output may stop early, as `head` does: end as other commands do.
 
     Which is 141 in a shell. By themselves typer and rich make it 1, which means "does not fit". A
     connection that broke is no end.

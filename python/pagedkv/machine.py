@@ -74,7 +74,7 @@ class Machine:
         return HostPool(list(memory.regions), *size, owner=memory)
 
     def follow(self) -> None:
-        """Take the stream that the caller is on now: before anything is queued."""
+        """Queue on the stream that the caller is on now. To be called before anything is queued."""
 
     def is_capturing(self) -> bool:
         """Whether the caller's stream is being captured into a graph: nothing runs on it now."""
@@ -95,13 +95,13 @@ class Machine:
         self.hold(slots, k, v)
 
     def hold(self, *tensors: torch.Tensor) -> None:
-        """Keep what queued work reads, where nobody else does."""
+        """Keep tensors alive until queued work has read them, where nothing else does so."""
 
     def land(self) -> None:
-        """Let what was queued end, where the caller's own work does not come after it anyway."""
+        """Wait for queued work, where the caller's next work would not come after it by itself."""
 
     def warn(self) -> None:
-        """Tell, once, what makes copies slower than they could be."""
+        """Warn, once, of anything that makes copies slower than they could be."""
 
     def step_tensor(self, plan: StepPlan, name: str) -> torch.Tensor:
         """An array of the open step's plan, on `device`. To be read only: it may be the plan's."""
@@ -128,7 +128,7 @@ class Machine:
         return found
 
     def free_bytes(self) -> int:
-        """Device memory that is free. Raises InvalidSpec where that is nobody's to say."""
+        """Free device memory. Raises InvalidSpec on a machine that cannot say how much that is."""
         raise InvalidSpec(
             "device_memory is a fraction, which is of a GPU's free memory: expected bytes or a size"
         )
@@ -262,8 +262,8 @@ class CudaMachine(Machine):
 class SimulatedCudaMachine(CudaMachine):
     """CUDA's whole path on a machine without a GPU.
 
-    The caller's own work runs at once, so what it reads has to have landed, and what it gives has
-    to stay until it was read.
+    The caller's own work runs at once. So queued work has to end before the caller reads its
+    results, and the tensors that the caller gives are kept until queued work has read them.
     """
 
     holds = True

@@ -94,7 +94,7 @@ class _Layer:
 
 
 class _Turn:
-    """What an operator does on a GPU goes to the stream that its caller is on, one at a time.
+    """Operators on a GPU queue on the stream that their caller is on, one of them at a time.
 
     The device has one for all threads: without, another thread's might be taken in between.
     """

@@ -13,11 +13,11 @@ __all__ = ["PlanOrder"]
 
 
 class PlanOrder:
-    """What a cache has carried out, and refuses to do again, or before what has to come first.
+    """What a cache has carried out: it refuses a plan a second time, and one that comes too early.
 
     The numbers of steps may have gaps: a plan that was rolled back uses one up, and a worker may
-    have carried it out or never have heard of it. What has to be there is what was committed, and
-    each plan says which step that was, `after`. Transfers have no gaps.
+    have carried it out or never have heard of it. A committed step must have been, and each plan
+    says which was the last of those, `after`. Transfers have no gaps.
 
     Attributes:
         last_step, last_transfer: that were carried out here; 0 before the first.

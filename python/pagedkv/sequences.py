@@ -38,7 +38,7 @@ class Sequences:
         self._closed = False
 
     def __reduce__(self) -> NoReturn:
-        """Copies, too, would share the memory, and not know what the other does with it."""
+        """A copy would share the memory, and know nothing of what the original does with it."""
         raise TypeError(
             "a KVCache cannot be copied or pickled: fork() its sequences, send another process its "
             "plans, or make another cache"

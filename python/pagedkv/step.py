@@ -42,7 +42,7 @@ class Step:
 
     A context manager: leaving it commits, an exception rolls back. T is the number of new tokens,
     B the batch. `plan` is the StepPlan behind it; the tensors are on the cache's device, to be read
-    only: block tables are kept up to date where they are. Who has a step alone has no cache, whose
+    only: block tables are kept up to date where they are. A step does not keep its cache, whose
     memory is large: once that is gone, the step is closed, and says so.
 
     Attributes:
@@ -60,7 +60,7 @@ class Step:
         self._manager = manager
         self._step_before = step_before  # the last one that was carried out before
         self._stale = False
-        self.is_abandoned = False  # by who would have closed it
+        self.is_abandoned = False  # nobody is left to close it
         self._views: dict[str, torch.Tensor] = {}
         self._kept: dict[Hashable, Any] = {}
 

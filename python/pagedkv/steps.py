@@ -52,7 +52,7 @@ class Steps(Sequences):
         """Close the open step, if there is one, as if it had not been, whoever has it.
 
         For a step that nobody has any more: it was forgotten, or an interrupt came before step()
-        returned. What commits, or rolls back, as it should needs none of this.
+        returned. Code that commits its steps, or rolls them back, never needs it.
         """
         manager, step = self._open_manager(), self._step
         manager.rollback()
@@ -128,7 +128,7 @@ class Steps(Sequences):
             super()._release_left()
 
     def _begin(self, plan: StepPlan, manager: BlockManager | None) -> Step:
-        """Queue what precedes the step's work; whoever has the manager closes it there, too."""
+        """Queue the copies that precede the step's work. Without a manager it is another's plan."""
         if (last := self._last_step()) is not None:
             last.forget_views()
         if self._transfers is not None:

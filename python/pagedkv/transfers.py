@@ -93,7 +93,7 @@ class Transfer:
 
 
 class _Gone:
-    """In the place of what a closed cache has let go of, for whoever comes late."""
+    """Stands where a closed cache had its engine and pool: any use says that it is closed."""
 
     def __getattr__(self, name: str) -> Any:
         raise InvalidState("this cache is closed")
@@ -136,7 +136,7 @@ class Transfers:
         self._failed: list[Transfer] = []  # that poll() has to tell of
         self._planned: list[TransferPlan] = []  # for the engine
         self._told: list[tuple[int, str | None, float]] = []  # by the engine, for the manager
-        self._aborted: list[Aborted] = []  # for those that it concerns: one, or none
+        self._aborted: list[Aborted] = []  # whose losses are to be told: one, or none
         self._lock = threading.Lock()
         self._closed = False
         self._applies: bool | None = None  # another manager's plans, since the first
@@ -146,7 +146,8 @@ class Transfers:
     def alone(self) -> threading.Lock:
         """To be inside alone: a second thread, or a call out of an argument, is refused.
 
-        A lock itself, which no interrupt leaves locked. Who comes at the same moment waits.
+        The lock itself, which no interrupt leaves locked. A second thread that comes between the
+        look at it and the taking of it waits.
         """
         if self._lock.locked():
             raise ConcurrentUse(
@@ -164,7 +165,7 @@ class Transfers:
             return self._submit()
 
     def apply(self, plan: TransferPlan) -> Transfer:
-        """Start what another manager has planned, whom somebody else tells of the end.
+        """Start what another manager has planned; somebody else tells that manager of the end.
 
         Its numbers would clash with ours, so a cache carries out the plans of one manager.
         """
@@ -205,7 +206,7 @@ class Transfers:
                     self.engine.submit(plan)
             except Exception as error:
                 del self._planned[0]
-                if self._applies:  # who called is told
+                if self._applies:  # the caller is told
                     del self._under_way[plan.id]
                 else:  # the manager waits for an end
                     self._told.append((plan.id, f"it was not submitted, {error!r}", 0.0))
@@ -333,7 +334,7 @@ class Transfers:
         lost: dict[int, list[int]] = {}
         for i, number in zip(aborted.sequences.tolist(), aborted.waited_for.tolist(), strict=True):
             lost.setdefault(number, []).append(i)
-        if transfer._error is None:  # else it is void, and what it had to tell was told
+        if transfer._error is None:  # else it is void, and its losses were told
             transfer.dropped = tuple(lost.get(transfer.id, ()))
             transfer._error = TransferError(
                 f"transfer {transfer.id} failed: {why}. {len(transfer.dropped)} sequences lost "
@@ -369,7 +370,7 @@ class Transfers:
         self._closed = True
 
     def forget(self) -> None:
-        """Let go of all that is large: who holds a transfer holds no more than that."""
+        """Let go of all that is large, so that a Transfer that somebody keeps holds none of it."""
         self._closed = True
         for transfer in self._under_way.values():
             if transfer._error is None:

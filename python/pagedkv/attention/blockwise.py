@@ -201,7 +201,7 @@ def _keys(
 def _is_fused(call: Call) -> bool:
     """Whether torch has this in one kernel that gives the log-sum-exp, too.
 
-    Which hides what is behind a token by -inf before it multiplies, so for scale > 0 only.
+    That kernel hides later keys by -inf before it multiplies by the scale: so for scale > 0 only.
     """
     layer = call.spec
     return call.softcap is None and layer.query_dim == layer.output_dim and call.scale > 0

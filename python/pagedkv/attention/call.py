@@ -1,4 +1,4 @@
-"""What a backend is asked, and what one is."""
+"""What a backend is, and the call that it answers."""
 
 from __future__ import annotations
 
@@ -35,9 +35,8 @@ class Call(NamedTuple):
 
     Attributes:
         layer, spec: its number and what it keeps.
-        q: queries [T, Hq, query_dim], times the layer's scale of keys: products with what is stored
-            are those with the real keys. The answer is times the scale of values only after
-            the backend, by whoever calls it.
+        q: queries [T, Hq, query_dim], times the layer's scale of keys: so that products with stored
+            keys are those with the real ones. A backend leaves the scale of values to its caller.
         scale, softcap, window, attn_mask: as in `attend`. With a mask there is no window.
         firsts: the first token that each row sees, int32 [B], if that is all that the mask says of
             rows of one new token each, on a CPU; else None.
@@ -99,7 +98,7 @@ def installed(name: str) -> ModuleType | str:
 
 
 def kernel_refusal(call: Call, *, softcap: bool = True, fp8: bool = False) -> str | None:
-    """Why no flash kernel over blocks takes this, or this one not, by what it says it has."""
+    """Why a flash kernel over blocks cannot: `softcap` and `fp8` say whether this one has those."""
     kv, layer = call.kv, call.spec
     stored = kv.k(call.layer).dtype
     if kv.device.type != "cuda":

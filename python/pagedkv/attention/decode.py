@@ -44,7 +44,7 @@ def decode_with_sums(
 
 
 def _queries(call: Call, first: int, last: int) -> torch.Tensor:
-    """Float32 [last - first, Hq, k_dim], contiguous: what is asked with, where it is so."""
+    """Float32 [last - first, Hq, k_dim], contiguous: the queries' own memory if it is so."""
     q = call.q
     if last - first < len(q):
         at = int(call.step.plan.query_starts[first])

@@ -87,7 +87,7 @@ def _planned(call: Call, key: object) -> Any:
 
 @dataclass
 class _Turn:
-    """A wrapper, and when what its last plan copies has been read."""
+    """A wrapper, and an event behind the copies that its last plan queued."""
 
     wrapper: Any
     copied: torch.cuda.Event | None = None

@@ -75,7 +75,7 @@ def attend(call: Call) -> torch.Tensor:
 def _clear_tails(v: torch.Tensor, step: Step, size: int) -> None:
     """Zero what is behind the newest token in each row's last block, which is the row's alone.
 
-    The kernel reads whole blocks: what it does not see it multiplies by 0, which leaves NaN NaN.
+    The kernel reads whole blocks and multiplies hidden values by 0, and 0 times NaN is NaN.
     """
     lens = step.seq_lens.long()
     last = step.block_tables.gather(1, ((lens - 1) // size)[:, None])[:, 0]
