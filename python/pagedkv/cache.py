@@ -307,6 +307,8 @@ class KVCache(Steps):
 
     def _workspace(self, i: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory to gather into, kept; the layers of a step mostly ask for the same view."""
+        if self.machine.is_capturing():  # into a graph, which would use it after it was replaced
+            return torch.empty(shape, dtype=dtype, device=self.device)
         memory, view = self._workspaces.get(i, (_NOTHING, _NOTHING))
         if view.shape != shape or view.dtype != dtype:
             num_bytes = math.prod(shape) * dtype.itemsize

@@ -245,6 +245,18 @@ def test_while_a_graph_is_captured_nothing_is_moved_or_asked() -> None:
         assert w.all_problems() == []
 
 
+def test_a_gather_that_is_captured_has_memory_of_its_own() -> None:
+    """A graph would write to the cache's own after that was replaced by a larger one."""
+    with CudaWorld(1, "lazy") as w:
+        asked: Any = 0, (1, 2, 8, 4), torch.float32
+        kept = w.kv._workspace(*asked)
+        w.cuda.capture(0, True)
+        captured = w.kv._workspace(*asked)
+        w.cuda.capture(0, False)
+        assert captured.data_ptr() != kept.data_ptr()
+        assert w.kv._workspace(*asked).data_ptr() == kept.data_ptr()
+
+
 def test_each_write_of_a_step_asks_cuda_for_no_more_than_its_launch() -> None:
     with CudaWorld(1, "lazy") as w:
         a = w.create([])

@@ -323,8 +323,13 @@ def test_what_a_step_launches_can_be_captured() -> None:
             with kv.step(ids) as step:
                 kv.write(0, k, k, step)
         graph = torch.cuda.CUDAGraph()
-        with kv.step(ids) as step, torch.cuda.graph(graph):
-            kv.write(0, k, k, step)
+        with kv.step(ids) as step:
+            with torch.cuda.graph(graph):
+                kv.write(0, k, k, step)
+                found, _ = kv.gather(0, step)
+            kv.gather_blocks(0, step.block_tables, 0, step.seq_lens, 256)  # into a larger workspace
+            graph.replay()
+            assert found[:, :, -1].equal(k)
         for _ in range(3):
             with kv.step(ids) as step:
                 k.copy_(torch.randn_like(k))
