@@ -48,7 +48,7 @@ class KVCache(Steps):
             swaps act on all of them, write, gather and attention where [P, H, D] is contiguous.
             Tried out on two blocks, whose content is then put back: nobody may use them meanwhile.
         device_memory: bytes for the pool, as an int or a size such as "2GiB", or on a GPU a float,
-            the fraction of its free memory (but for 96 MiB); or give
+            the fraction of its free memory, but for 96 MiB and the arrays of steps; or give
         num_device_blocks: usable blocks instead.
         host_memory: bytes for the host tier, which sequences are swapped out to; or give
         num_host_blocks: usable blocks instead. By default there is no host tier.
@@ -105,7 +105,7 @@ class KVCache(Steps):
         machine = self.machine = machine_for(device, copy_method)
         self.device = machine.device
         if isinstance(device_memory, float):
-            device_memory = _fraction(device_memory, machine)
+            device_memory = machine.pool_bytes(device_memory, spec, max_batch, max_model_len)
         num_device_blocks = num_usable_blocks(spec, "device", device_memory, num_device_blocks)
         num_host_blocks = num_usable_blocks(spec, "host", host_memory, num_host_blocks) or 0
         if (tensors is None) == (num_device_blocks is None):
@@ -390,9 +390,3 @@ class KVCache(Steps):
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _fraction(fraction: float, machine: Machine) -> int:
-    if not 0 < fraction <= 1:
-        raise InvalidSpec(f"device_memory is {fraction}, expected bytes, or a fraction up to 1.0")
-    return int(fraction * machine.free_bytes())

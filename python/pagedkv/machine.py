@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from pagedkv._core import (
     SimulatedPool,
     StepPlan,
 )
+from pagedkv.config import check_int
 from pagedkv.errors import DeviceError, InvalidSpec
 from pagedkv.fp8 import is_fp8
 from pagedkv.rows import as_stored, rows, rows_at
@@ -28,12 +30,13 @@ from pagedkv.units import format_bytes
 
 if TYPE_CHECKING:
     from pagedkv.layout import DevicePool
+    from pagedkv.spec import KVSpec
 
 __all__ = ["Machine", "host_tensor", "machine_for"]
 
 _TO_FP8 = (torch.bfloat16, torch.float16, torch.float32)  # what the kernel converts
 
-# Of a GPU's free memory, left for what steps and copies need besides the pool.
+# Of a GPU's free memory, left for what copies and kernels need besides the pool.
 RESERVED_BYTES = 96 << 20
 
 # Steps of more new tokens than that have their slots, positions and ids uploaded with each use.
@@ -127,8 +130,13 @@ class Machine:
         self._padded[key] = found, filled
         return found
 
-    def free_bytes(self) -> int:
-        """Free device memory. Raises InvalidSpec on a machine that cannot say how much that is."""
+    def pool_bytes(
+        self, fraction: float, spec: KVSpec, max_batch: int, max_model_len: int | None
+    ) -> int:
+        """This fraction of the device memory that is free beside what steps need.
+
+        Raises InvalidSpec if it is none, or on a machine that cannot say how much is free.
+        """
         raise InvalidSpec(
             "device_memory is a fraction, which is of a GPU's free memory: expected bytes or a size"
         )
@@ -171,7 +179,7 @@ class CudaMachine(Machine):
 
     def _new_pool(self, memory: DevicePool, manager: BlockManager) -> CudaPool:
         self.follow()
-        shape = manager.max_batch, max(MAX_STEP_TOKENS, manager.max_batch), self._table_stride
+        shape = _step_shape(manager.max_batch, self._table_stride)
         num_bytes = CudaPool.step_bytes(*shape)
         try:
             self._step_memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
@@ -255,8 +263,27 @@ class CudaMachine(Machine):
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
-    def free_bytes(self) -> int:
-        return max(0, torch.cuda.mem_get_info(self.device)[0] - RESERVED_BYTES)
+    def pool_bytes(
+        self, fraction: float, spec: KVSpec, max_batch: int, max_model_len: int | None
+    ) -> int:
+        if not 0 < fraction <= 1:
+            raise InvalidSpec(
+                f"device_memory is {fraction}, expected bytes, or a fraction up to 1.0"
+            )
+        free = torch.cuda.mem_get_info(self.device)[0] - RESERVED_BYTES
+        check_int("max_batch", max_batch, 1, 2**31 - 1)
+        if max_model_len is not None:
+            check_int("max_model_len", max_model_len, 1, 2**31 - 1)
+
+        def is_too_much(num_blocks: int) -> bool:
+            longest = max_model_len or num_blocks * spec.block_size
+            stride = -(-longest // spec.block_size)
+            steps = CudaPool.step_bytes(*_step_shape(max_batch, stride))
+            # Twice: where kernels read them, and on their way up.
+            return spec.pool_bytes(num_blocks) + 2 * steps > free
+
+        sizes = range(1, spec.num_blocks(free) + 1)
+        return int(fraction * spec.pool_bytes(bisect_left(sizes, True, key=is_too_much)))
 
 
 class SimulatedCudaMachine(CudaMachine):
@@ -297,6 +324,11 @@ class SimulatedCudaMachine(CudaMachine):
 def host_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
     """An array of a StepPlan, where it is. A manager's are read-only views of what torch takes."""
     return torch.from_numpy(array if array.flags.writeable else array.base)
+
+
+def _step_shape(max_batch: int, table_stride: int) -> tuple[int, int, int]:
+    """Sequences, tokens, and blocks of a sequence that the arrays of steps have room for."""
+    return max_batch, max(MAX_STEP_TOKENS, max_batch), table_stride
 
 
 def machine_for(device: str | torch.device | Device, copy_method: str = "auto") -> Machine:

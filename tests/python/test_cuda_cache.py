@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 import pagedkv as pk  # noqa: E402
 from hazard_world import LAYOUTS, World  # noqa: E402
+from pagedkv.machine import RESERVED_BYTES  # noqa: E402
 from pagedkv.testing import CudaDevice, SimulatedCuda  # noqa: E402
 from test_programs import Program, run_all  # noqa: E402
 
@@ -255,6 +256,31 @@ def test_a_gather_that_is_captured_has_memory_of_its_own() -> None:
         w.cuda.capture(0, False)
         assert captured.data_ptr() != kept.data_ptr()
         assert w.kv._workspace(*asked).data_ptr() == kept.data_ptr()
+
+
+@pytest.mark.parametrize("max_model_len", [None, 4000, 100_000])
+def test_all_of_the_memory_has_room_for_what_steps_need(
+    max_model_len: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = RESERVED_BYTES + (8 << 20)  # K and V that are small: tables of 8 MiB of them are large
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    spec = pk.KVSpec(1, 1, 4, "float16", 16)
+    options: dict[str, Any] = {"max_batch": 64, "max_model_len": max_model_len}
+
+    def cache(fraction: float) -> pk.KVCache:
+        gpu = CudaDevice(SimulatedCuda(1))
+        return pk.KVCache(spec, device=gpu, device_memory=fraction, **options)
+
+    with cache(1.0) as kv:
+        kv.verify()
+        steps = kv.machine._step_memory.nbytes  # type: ignore[attr-defined]
+        assert kv.pool_bytes + 2 * steps <= free - RESERVED_BYTES
+        assert kv.pool_bytes > (free - RESERVED_BYTES) / 4
+    with cache(0.5) as half:
+        assert half.pool_bytes < 0.51 * kv.spec.pool_bytes(kv.manager.num_device_blocks)
+    for fraction in (0.0, 1.5, float("nan")):
+        with pytest.raises(pk.InvalidSpec, match=r"a fraction up to 1\.0"):
+            cache(fraction)
 
 
 def test_each_write_of_a_step_asks_cuda_for_no_more_than_its_launch() -> None:
