@@ -115,7 +115,7 @@ void bind_device(py::module_& m) {
 
 void bind_pool(py::module_& m) {
   py::class_<CudaPool, Pool>(m, "CudaPool", py::is_final(), "On the caller's stream of a GPU.")
-      .def(py::init([](std::shared_ptr<CudaDevice> device, const py::list& regions,
+      .def(py::init([](std::shared_ptr<CudaDevice> device, const py::sequence& regions,
                        std::int32_t num_blocks, std::int32_t block_size, std::int32_t max_batch,
                        std::int64_t max_tokens, std::int32_t table_stride,
                        std::uintptr_t step_memory, const py::object&) {

@@ -103,8 +103,8 @@ void bind_pools(py::module_& m) {
            py::arg("num_tokens"), py::arg("num_heads"), py::arg("width"), py::arg("target"))
       .def("synchronize", &Pool::synchronize);
   py::class_<HostPool, Pool>(m, "HostPool", py::is_final(), "In host memory, at once.")
-      .def(py::init([](const py::list& regions, std::int32_t num_blocks, std::int32_t block_size,
-                       const py::object&) {
+      .def(py::init([](const py::sequence& regions, std::int32_t num_blocks,
+                       std::int32_t block_size, const py::object&) {
              return std::make_unique<HostPool>(runs_of<Region>(regions), num_blocks, block_size);
            }),
            py::arg("regions"), py::arg("num_blocks"), py::arg("block_size"),
@@ -116,7 +116,7 @@ void bind_pools(py::module_& m) {
            py::arg("outputs"), py::arg("sums"), py::arg("num_threads"));
   py::class_<SimulatedPool, Pool>(m, "SimulatedPool", py::is_final(),
                                   "On the compute stream of a simulated device.")
-      .def(py::init([](std::shared_ptr<SimulatedDevice> device, const py::list& regions,
+      .def(py::init([](std::shared_ptr<SimulatedDevice> device, const py::sequence& regions,
                        std::int32_t num_blocks, std::int32_t block_size, const py::object&) {
              return std::make_unique<SimulatedPool>(std::move(device), runs_of<Region>(regions),
                                                     num_blocks, block_size);

@@ -34,7 +34,6 @@ struct alignas(64) Sequence : Standing {
   std::int32_t sent_valid = 0;
 
   Standing& standing() { return *this; }
-  const Standing& standing() const { return *this; }
 
   // False: nothing can be in the way of a step.
   bool may_be_away() const {

@@ -12,8 +12,8 @@ namespace pagedkv {
 namespace {
 
 constexpr std::int64_t kMostPieceBytes = std::int64_t{64} << 10;  // of a kernel's work on one run
-// Of one batched copy: what a call costs is spread by then, and drivers were seen to crash or hang
-// on tens of thousands (580.159, CUDA 13.0).
+// Of one batched copy: what a call costs is spread by then. Others have reported that a driver
+// (580.159, CUDA 13.0) crashes or hangs on tens of thousands.
 constexpr std::size_t kMostBatched = 512;
 
 }  // namespace

@@ -105,7 +105,7 @@ class KVCache(Steps):
         machine = self.machine = machine_for(device, copy_method)
         self.device = machine.device
         if isinstance(device_memory, float):
-            device_memory = machine.pool_bytes(device_memory, spec, max_batch, max_model_len)
+            device_memory = machine.share_of_memory(device_memory, spec, max_batch, max_model_len)
         num_device_blocks = num_usable_blocks(spec, "device", device_memory, num_device_blocks)
         num_host_blocks = num_usable_blocks(spec, "host", host_memory, num_host_blocks) or 0
         if (tensors is None) == (num_device_blocks is None):
@@ -344,14 +344,17 @@ class KVCache(Steps):
         if self.machine.is_capturing():
             raise InvalidState("a CUDA graph is being captured: close the cache outside of that")
         with nullcontext() if self._transfers is None else self._transfers.alone():
-            try:
-                self.rollback()
-            except ConcurrentUse:  # whoever is inside goes on: the cache stays open
-                raise
-            except BaseException:  # of a manager that refuses further use: the memory goes
-                self._end()
-                raise
+            self._close_alone()
+
+    def _close_alone(self) -> None:
+        try:
+            self.rollback()
+        except ConcurrentUse:  # whoever is inside goes on: the cache stays open
+            raise
+        except BaseException:  # the manager refuses further use: the memory goes all the same
             self._end()
+            raise
+        self._end()
 
     def _end(self) -> None:
         if self._transfers is not None:
@@ -360,15 +363,14 @@ class KVCache(Steps):
         self._forget()
 
     def _forget(self) -> None:
-        self._closed = True
+        """Let all of it go. An interrupt on the way leaves a cache to be closed again."""
         if self._transfers is not None:
             self._transfers.forget()
-        self._transfers = None
-        self._adopted = None
+        self._step = self._adopted = None
         self._layers = ()
         self._workspaces, self.backend_memory, self._writers = {}, {}, {}
         self.machine = Machine()  # which holds nothing
-        self._pool = GONE
+        self._pool, self._transfers, self._closed = GONE, None, True
 
     def __del__(self) -> None:
         # The last reference may go, or the collector come, while a graph is captured, say.

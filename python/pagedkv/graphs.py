@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from pagedkv import ops
-from pagedkv.attention.call import check_rule, keys_and_values, scale_of
+from pagedkv.attention.call import check_chunk, keys_and_values, scale_of
 from pagedkv.attention.gather import dense
 from pagedkv.config import check_int
 from pagedkv.errors import InvalidSpec, InvalidState
@@ -63,7 +63,8 @@ class Padded(NamedTuple):
         Sliding layers see their window. Of latent layers see `KVCache.attention`.
         """
         spec = self.kv.spec.layers[layer]
-        check_rule(spec, None)
+        if spec.kind == "chunked":
+            check_chunk(spec, self.width)
         kept = ops.gather(
             self.kv.k(layer), self.kv.v(layer), self.block_tables, self.seq_lens, self.width
         )

@@ -74,7 +74,7 @@ class Machine:
 
     def _new_pool(self, memory: DevicePool, manager: BlockManager) -> Pool:
         size = manager.num_device_blocks + 1, manager.block_size
-        return HostPool(list(memory.regions), *size, owner=memory)
+        return HostPool(memory.regions, *size, owner=memory)
 
     def follow(self) -> None:
         """Queue on the stream that the caller is on now. To be called before anything is queued."""
@@ -130,12 +130,13 @@ class Machine:
         self._padded[key] = found, filled
         return found
 
-    def pool_bytes(
+    def share_of_memory(
         self, fraction: float, spec: KVSpec, max_batch: int, max_model_len: int | None
     ) -> int:
-        """This fraction of the device memory that is free beside what steps need.
+        """Bytes: this fraction of the device memory that is free beside the arrays of steps.
 
-        Raises InvalidSpec if it is none, or on a machine that cannot say how much is free.
+        Raises InvalidSpec if it is no fraction, if those leave no room for a block, or on a machine
+        that cannot say how much is free.
         """
         raise InvalidSpec(
             "device_memory is a fraction, which is of a GPU's free memory: expected bytes or a size"
@@ -156,7 +157,7 @@ class SimulatedMachine(Machine):
 
     def _new_pool(self, memory: DevicePool, manager: BlockManager) -> Pool:
         size = manager.num_device_blocks + 1, manager.block_size
-        return SimulatedPool(self._device, list(memory.regions), *size, owner=memory)
+        return SimulatedPool(self._device, memory.regions, *size, owner=memory)
 
 
 class CudaMachine(Machine):
@@ -190,7 +191,7 @@ class CudaMachine(Machine):
             ) from error
         return CudaPool(
             self._gpu,
-            list(memory.regions),
+            memory.regions,
             manager.num_device_blocks + 1,
             manager.block_size,
             *shape,
@@ -263,7 +264,7 @@ class CudaMachine(Machine):
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
-    def pool_bytes(
+    def share_of_memory(
         self, fraction: float, spec: KVSpec, max_batch: int, max_model_len: int | None
     ) -> int:
         if not 0 < fraction <= 1:
@@ -283,7 +284,13 @@ class CudaMachine(Machine):
             return spec.pool_bytes(num_blocks) + 2 * steps > free
 
         sizes = range(1, spec.num_blocks(free) + 1)
-        return int(fraction * spec.pool_bytes(bisect_left(sizes, True, key=is_too_much)))
+        num_blocks = bisect_left(sizes, True, key=is_too_much)
+        if not num_blocks:
+            raise InvalidSpec(
+                f"{format_bytes(max(free, 0))} of {self.device} are free, and the arrays of steps, "
+                "for max_batch and max_model_len, leave no room for a block beside them"
+            )
+        return int(fraction * spec.pool_bytes(num_blocks))
 
 
 class SimulatedCudaMachine(CudaMachine):

@@ -64,6 +64,8 @@ class LayerSpec:
             value = _check(name, getattr(self, name), 0 if self.kind == "state" else 1)
             if self.kind == "state" and value:
                 raise InvalidSpec(f"{name} is {value} in a state layer, expected 0")
+        if self.kind == "latent" and self.num_kv_heads != 1:
+            raise InvalidSpec(f"num_kv_heads is {self.num_kv_heads} in a latent layer, expected 1")
         if self.dtype not in DTYPE_BYTES:
             raise InvalidSpec(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")
         if (self.window is None) == (self.kind in ("sliding", "chunked")):

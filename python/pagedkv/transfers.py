@@ -366,8 +366,9 @@ class Transfers:
 
     def end(self) -> None:
         """Cancel what has not begun, and wait for the rest. For whoever is inside alone()."""
-        self.engine.close()
-        self._closed = True
+        if not self._closed:
+            self.engine.close()
+            self._closed = True
 
     def forget(self) -> None:
         """Let go of all that is large, so that a Transfer that somebody keeps holds none of it."""

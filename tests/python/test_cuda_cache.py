@@ -262,7 +262,7 @@ def test_a_gather_that_is_captured_has_memory_of_its_own() -> None:
 def test_all_of_the_memory_has_room_for_what_steps_need(
     max_model_len: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = RESERVED_BYTES + (8 << 20)  # K and V that are small: tables of 8 MiB of them are large
+    free = RESERVED_BYTES + (8 << 20)  # K and V are small: tables of 8 MiB of them are large
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     spec = pk.KVSpec(1, 1, 4, "float16", 16)
     options: dict[str, Any] = {"max_batch": 64, "max_model_len": max_model_len}
@@ -272,12 +272,13 @@ def test_all_of_the_memory_has_room_for_what_steps_need(
         return pk.KVCache(spec, device=gpu, device_memory=fraction, **options)
 
     with cache(1.0) as kv:
-        kv.verify()
         steps = kv.machine._step_memory.nbytes  # type: ignore[attr-defined]
-        assert kv.pool_bytes + 2 * steps <= free - RESERVED_BYTES
-        assert kv.pool_bytes > (free - RESERVED_BYTES) / 4
+        assert (free - RESERVED_BYTES) / 4 < kv.pool_bytes <= free - RESERVED_BYTES - 2 * steps
     with cache(0.5) as half:
         assert half.pool_bytes < 0.51 * kv.spec.pool_bytes(kv.manager.num_device_blocks)
+    options["max_batch"] = 65535
+    with pytest.raises(pk.InvalidSpec, match=r"the arrays of steps, .* leave no room for a block"):
+        cache(1.0)
     for fraction in (0.0, 1.5, float("nan")):
         with pytest.raises(pk.InvalidSpec, match=r"a fraction up to 1\.0"):
             cache(fraction)

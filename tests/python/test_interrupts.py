@@ -195,6 +195,21 @@ def test_a_worker_that_was_interrupted_carries_out_all_of_it(device: str) -> Non
             assert keys[:10] == [0, 8, 16, 24, 32] * 2
 
 
+@pytest.mark.parametrize("device", list(DEVICES))
+def test_a_close_that_was_interrupted_is_done_by_the_next(device: str) -> None:
+    for interrupt in at_each_line():
+        kv = cache_on(device)
+        ids = [kv.create(), kv.create()]
+        step(kv, ids)
+        out, open_step = kv.swap_out(ids[:1]), kv.step(ids[1:], [2])
+        interrupt.run(kv.close)
+        kv.close()
+        assert out.done
+        assert not open_step.is_open
+        with pytest.raises(pk.InvalidState, match="this cache is closed"):
+            kv.create()
+
+
 def test_rows_that_were_interrupted_work() -> None:
     """PagedCache's rows, as a model's layers call it; reset() is all that is needed."""
     pytest.importorskip("transformers")

@@ -127,13 +127,19 @@ def test_chunked_layers_are_held_and_want_a_mask() -> None:
     with pk.KVCache(pk.KVSpec(layers=[layer], block_size=4), num_device_blocks=4) as kv:
         with kv.step([kv.create()], counts=[6]) as step:
             kv.write(0, q, q, step)
-            with pytest.raises(pk.InvalidSpec, match="chunked, which no backend hides by itself"):
+            with pytest.raises(pk.InvalidSpec, match="6 tokens are more than a chunk of 4"):
                 kv.attention(0, q, step)
             at = torch.arange(6)
             mask = (at <= at[:, None]) & (at >= at[:, None] // 4 * 4)
             found = kv.attention(0, q, step, attn_mask=mask)
         rows: Any = q.transpose(0, 1)
-        expected = torch.nn.functional.scaled_dot_product_attention(rows, rows, rows, mask)
+        dense = torch.nn.functional.scaled_dot_product_attention
+        torch.testing.assert_close(found, dense(rows, rows, rows, mask).transpose(0, 1))
+        with kv.step([kv.create()], counts=[4]) as step:  # as many as a chunk has
+            kv.write(0, q[:4], q[:4], step)
+            found = kv.attention(0, q[:4], step)
+        first = rows[:, :4]
+        expected = dense(first, first, first, is_causal=True)
         torch.testing.assert_close(found, expected.transpose(0, 1))
 
 

@@ -91,6 +91,18 @@ def test_a_step_whose_cache_is_gone_says_so() -> None:
         _ = 1 / 0
 
 
+def test_a_step_whose_cache_was_closed_in_a_forked_child_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kv, id = cache_on("cpu")
+    step = kv.step([id], [4])
+    monkeypatch.setattr(kv, "_process", -1)  # where nothing is rolled back: it is the parent's
+    kv.close()
+    assert not step.is_open
+    with pytest.raises(pk.InvalidState):
+        kv.write(0, torch.ones(1, 1, 8), torch.ones(1, 1, 8), step)
+
+
 def test_a_transfer_whose_cache_is_gone_has_ended() -> None:
     kv, id = cache_on(SimulatedDevice(0, schedule="lazy"))
     out = kv.swap_out([id])

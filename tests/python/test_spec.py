@@ -168,6 +168,7 @@ def test_a_spec_without_k_and_v_has_no_blocks() -> None:
     "arguments",
     [
         ("latent", 1, 8, 0, "float16"),
+        ("latent", 2, 8, 8, "float16"),
         ("state", 1, 8, 8, "float16"),
         ("full", 1, 8, 0, "float16"),
         ("latent", 1, 8, 8, "float16", 5),

@@ -74,15 +74,18 @@ def test_latents(name: str, beams: int, batch: str) -> None:
         assert generate(model, cache, ids, num_beams=beams).tolist() == found.tolist()
 
 
+@pytest.mark.parametrize("chunk", [16, 40, 1000])
+@pytest.mark.parametrize("batch", ["one", "three_padded"])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_layers_that_see_their_chunk(beams: int) -> None:
+def test_layers_that_see_their_chunk(beams: int, batch: str, chunk: int) -> None:
+    """Prompt and answer in several chunks, the answer beyond the first one, and all in one."""
     model = other_model(
-        "llama4_text", attention_chunk_size=16, num_local_experts=2, num_key_value_heads=2,
+        "llama4_text", attention_chunk_size=chunk, num_local_experts=2, num_key_value_heads=2,
         intermediate_size_mlp=96, head_dim=16,
     )  # fmt: skip
     with paged(model) as cache:
         assert {layer.kind for layer in cache.kv.spec.layers} >= {"chunked"}
-        tiny.check_equal(model, cache, num_beams=beams, **tiny.prompts("three_padded"))
+        tiny.check_equal(model, cache, num_beams=beams, **tiny.prompts(batch))
 
 
 def test_a_model_that_keeps_more_beside_its_latents_is_refused() -> None:

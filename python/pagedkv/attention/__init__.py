@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pagedkv.attention import blockwise, flash_attn, flashinfer, flex, gather, varlen
-from pagedkv.attention.call import Backend, Call, check_rule, scale_of
+from pagedkv.attention.call import Backend, Call, check_chunk, scale_of
 from pagedkv.checks import address
 from pagedkv.errors import InvalidSpec
 
@@ -67,7 +67,7 @@ def attend(
 
     Raises:
         InvalidSpec: q is not floats of that shape, or asks for a gradient, an option is out of
-            range or missing, the layer is chunked and there is no mask, or the backend is not
+            range or missing, rows reach behind a chunk without a mask, or the backend is not
             installed or cannot do this: the message says which can.
     """
     spec = kv.spec.layers[layer]
@@ -76,7 +76,8 @@ def attend(
         raise InvalidSpec(f"softcap is {softcap}, expected a number over 0, or None")
     if window is not None and (not isinstance(window, (int, np.integer)) or window < 1):
         raise InvalidSpec(f"window is {window}, expected 1 token or more, or None")
-    check_rule(spec, attn_mask)
+    if spec.kind == "chunked" and attn_mask is None:
+        check_chunk(spec, int(step.plan.seq_lens.max(initial=0)))
     scale = scale_of(spec, scale)
     window = spec.window if window is None else window
     firsts = None

@@ -50,15 +50,11 @@ def is_faster(call: Call) -> bool:
     if takes(call) and step.kept("one new token", lambda: _has_one_new_token(step)):
         return True
     lens = step.plan.seq_lens
-    return len(lens) > 0 and int(lens.max()) * _token_bytes(call) > 2 * RUN_BYTES
+    return len(lens) > 0 and int(lens.max()) * call.spec.token_bytes > 2 * RUN_BYTES
 
 
 def _has_one_new_token(step: Step) -> bool:
     return any(count == 1 for _, _, count in equal_counts(step.plan))
-
-
-def _token_bytes(call: Call) -> int:
-    return call.spec.k_bytes + call.spec.v_bytes
 
 
 def attend(call: Call) -> torch.Tensor:
@@ -89,7 +85,7 @@ def _runs(call: Call) -> list[tuple[int, int, int, int]]:
 
     Of shared blocks only so many count that reading them once is worth more than one call is.
     """
-    many = SHARED_BYTES // (_token_bytes(call) * call.kv.spec.block_size)
+    many = SHARED_BYTES // (call.spec.token_bytes * call.kv.spec.block_size)
     return call.step.kept(("runs", many), lambda: _make_runs(call.step, many))
 
 
@@ -179,7 +175,7 @@ def _keys(
     k and v are [H, 1, stop - start, dim], in memory that the next run overwrites.
     """
     kv, size = call.kv, call.kv.spec.block_size
-    run_tokens = max(1, RUN_BYTES // _token_bytes(call) // size) * size
+    run_tokens = max(1, RUN_BYTES // call.spec.token_bytes // size) * size
     table = call.step.block_tables[row : row + 1]
     bounds = [(at, end)] if end > at else []
     bounds += [

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Backend",
     "Call",
-    "check_rule",
+    "check_chunk",
     "installed",
     "kernel_refusal",
     "keys_and_values",
@@ -64,10 +64,16 @@ class Backend(Protocol):
         """[T, Hq, output_dim] in q's dtype."""
 
 
-def check_rule(layer: LayerSpec, attn_mask: torch.Tensor | None) -> None:
-    """Raises InvalidSpec for a layer whose rule of what is seen no backend has, without a mask."""
-    if layer.kind == "chunked" and attn_mask is None:
-        raise InvalidSpec("the layer is chunked, which no backend hides by itself: give attn_mask")
+def check_chunk(layer: LayerSpec, longest: int) -> None:
+    """Raises InvalidSpec if rows of so many tokens are more than the chunk of a chunked layer.
+
+    No backend hides by itself what was before the last one; within the first, all is causal.
+    """
+    if layer.window is not None and longest > layer.window:
+        raise InvalidSpec(
+            f"the layer is chunked, and {longest} tokens are more than a chunk of {layer.window}: "
+            "give attn_mask, since no backend hides earlier chunks by itself"
+        )
 
 
 def scale_of(layer: LayerSpec, scale: float | None) -> float:
