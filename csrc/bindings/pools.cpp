@@ -46,7 +46,7 @@ void gather(Pool& pool, std::size_t region, std::uintptr_t block_tables, std::in
   });
 }
 
-void attend_rows(const HostPool& pool, std::size_t layer, const std::string& dtype,
+void attend_rows(const HostPool& pool, std::size_t layer, const std::string& dtype, bool latent,
                  std::uintptr_t block_tables, std::int64_t table_stride, std::int32_t num_rows,
                  std::int32_t table_width, std::uintptr_t seq_lens, std::int32_t num_kv_heads,
                  std::int32_t group, float scale, float softcap, std::int32_t window,
@@ -57,6 +57,7 @@ void attend_rows(const HostPool& pool, std::size_t layer, const std::string& dty
   const DecodeRows rows{
       .layer = layer,
       .type = dtype == "bfloat16" ? FloatType::kBFloat16 : FloatType::kFloat32,
+      .latent = latent,
       .num_kv_heads = num_kv_heads,
       .group = group,
       .scale = scale,
@@ -109,11 +110,11 @@ void bind_pools(py::module_& m) {
            }),
            py::arg("regions"), py::arg("num_blocks"), py::arg("block_size"),
            py::arg("owner") = py::none(), py::keep_alive<1, 5>())
-      .def("attend", &attend_rows, py::arg("layer"), py::arg("dtype"), py::arg("block_tables"),
-           py::arg("table_stride"), py::arg("num_rows"), py::arg("table_width"),
-           py::arg("seq_lens"), py::arg("num_kv_heads"), py::arg("group"), py::arg("scale"),
-           py::arg("softcap"), py::arg("window"), py::arg("firsts"), py::arg("queries"),
-           py::arg("outputs"), py::arg("sums"), py::arg("num_threads"));
+      .def("attend", &attend_rows, py::arg("layer"), py::arg("dtype"), py::arg("latent"),
+           py::arg("block_tables"), py::arg("table_stride"), py::arg("num_rows"),
+           py::arg("table_width"), py::arg("seq_lens"), py::arg("num_kv_heads"), py::arg("group"),
+           py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("firsts"),
+           py::arg("queries"), py::arg("outputs"), py::arg("sums"), py::arg("num_threads"));
   py::class_<SimulatedPool, Pool>(m, "SimulatedPool", py::is_final(),
                                   "On the compute stream of a simulated device.")
       .def(py::init([](std::shared_ptr<SimulatedDevice> device, const py::sequence& regions,

@@ -68,24 +68,34 @@ KV_INLINE void store_sums(const Floats (&s)[4], float* to) {
   std::memcpy(to, halves, sizeof halves[0]);
 }
 
-// Scores of `count` keys for kNum queries, k_dim apart, whose scores are kScores apart; up to 3
-// floats behind them are overwritten. Four keys at a time, each read once for all queries.
-template <int kNum>
-KV_INLINE void score(const float* queries, const Tile& keys, std::int64_t count, std::int64_t dim,
-                     float* scores) {
+// Scores of `count` keys for kNum queries, `query_dim` apart, whose scores are kScores apart. Four
+// keys at a time, each read once for all queries. kAdds: they are of the rest of the keys, and are
+// added to the scores that are there; else up to 3 floats behind them are overwritten.
+template <int kNum, bool kAdds>
+KV_INLINE void score(const float* queries, std::int64_t query_dim, const Tile& keys,
+                     std::int64_t count, std::int64_t dim, float* scores) {
   for (std::int64_t t = 0; t < count; t += 4) {
     const float* k[4];
     for (std::int64_t i = 0; i < 4; ++i) k[i] = keys.at + std::min(t + i, count - 1) * keys.stride;
     Floats sums[kNum][4] = {};
     for (std::int64_t d = 0; d < dim; d += kLanes) {
       Floats q[kNum], x;
-      for (int n = 0; n < kNum; ++n) load(queries + n * dim + d, q[n]);
+      for (int n = 0; n < kNum; ++n) load(queries + n * query_dim + d, q[n]);
       for (int i = 0; i < 4; ++i) {
         load(k[i] + d, x);
         for (int n = 0; n < kNum; ++n) sums[n][i] += q[n] * x;
       }
     }
-    for (int n = 0; n < kNum; ++n) store_sums(sums[n], scores + n * kScores + t);
+    for (int n = 0; n < kNum; ++n) {
+      float* const to = scores + n * kScores + t;
+      if constexpr (kAdds) {
+        float rest[4];
+        store_sums(sums[n], rest);
+        for (std::int64_t i = 0; i < std::min<std::int64_t>(4, count - t); ++i) to[i] += rest[i];
+      } else {
+        store_sums(sums[n], to);
+      }
+    }
   }
 }
 
@@ -220,7 +230,7 @@ KV_INLINE void attend_row(const RowShape& shape, const Row& row, const DecodeRow
   const float* const queries = row.queries;
   float* const outputs = row.outputs;
   const std::int64_t heads = rows.num_kv_heads, group = rows.group;
-  const std::int64_t k_dim = shape.k_dim, v_dim = shape.v_dim;
+  const std::int64_t query_dim = shape.query_dim(), v_dim = shape.v_dim;
   float* const scores = space.scores.data();
   std::fill(outputs, outputs + heads * group * v_dim, 0.0f);
   std::fill(space.norms.begin(), space.norms.end(), Norm{});
@@ -229,7 +239,15 @@ KV_INLINE void attend_row(const RowShape& shape, const Row& row, const DecodeRow
     const auto score_keys = [&](const Tile& keys, std::int64_t place, std::int64_t count,
                                 std::int64_t h) KV_LAMBDA {
       by_two(h * group, group, [&](std::int64_t i, auto num) KV_LAMBDA {
-        score<num>(queries + i * k_dim, keys, count, k_dim, scores + i * kScores + place);
+        score<num, false>(queries + i * query_dim, query_dim, keys, count, shape.k_dim,
+                          scores + i * kScores + place);
+      });
+    };
+    const auto score_rest = [&](const Tile& keys, std::int64_t place, std::int64_t count,
+                                std::int64_t h) KV_LAMBDA {
+      by_two(h * group, group, [&](std::int64_t i, auto num) KV_LAMBDA {
+        score<num, true>(queries + i * query_dim + shape.k_dim, query_dim, keys, count,
+                         shape.beside_dim, scores + i * kScores + place);
       });
     };
     const auto add_values = [&](const Tile& values, std::int64_t place, std::int64_t count,
@@ -238,8 +256,12 @@ KV_INLINE void attend_row(const RowShape& shape, const Row& row, const DecodeRow
         add<num>(scores + i * kScores + place, values, count, v_dim, outputs + i * v_dim);
       });
     };
-    each_tile<kType>(shape.pool, shape.keys, row.cells, shape.block_size, heads, begin, end, k_dim,
-                     space, score_keys);
+    each_tile<kType>(shape.pool, shape.keys, row.cells, shape.block_size, heads, begin, end,
+                     shape.k_dim, space, score_keys);
+    if (shape.beside_dim != 0) {
+      each_tile<kType>(shape.pool, shape.beside, row.cells, shape.block_size, heads, begin, end,
+                       shape.beside_dim, space, score_rest);
+    }
     for (std::int64_t i = 0; i < heads * group; ++i) {
       normalize(scores + i * kScores, end - begin, rows, space.norms[static_cast<std::size_t>(i)],
                 outputs + i * v_dim, v_dim);
@@ -274,7 +296,8 @@ void attend_row_anywhere(const RowShape& shape, const Row& row, const DecodeRows
 
 RowSpace::RowSpace(const RowShape& shape, std::int64_t num_heads)
     : scores(static_cast<std::size_t>(num_heads * kScores)),
-      tile(static_cast<std::size_t>(shape.block_size * std::max(shape.k_dim, shape.v_dim))),
+      tile(static_cast<std::size_t>(shape.block_size *
+                                    std::max({shape.k_dim, shape.beside_dim, shape.v_dim}))),
       norms(static_cast<std::size_t>(num_heads)) {}
 
 AttendRow portable_attend_row(FloatType type) {

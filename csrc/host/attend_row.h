@@ -9,7 +9,7 @@
 
 namespace pagedkv {
 
-// k_dim and v_dim are multiples of this.
+// All dims are multiples of this.
 inline constexpr std::int64_t kLanes = 8;
 
 // Tokens whose scores are kept at a time: softmax runs on over the parts of a sequence, as in
@@ -19,8 +19,11 @@ inline constexpr std::int64_t kScores = kPart + kLanes;  // from one query's sco
 
 struct RowShape {
   const HostPool& pool;
-  Region keys, values;
-  std::int64_t block_size, k_dim, v_dim;
+  Region keys, beside, values;  // beside: the rest of each key, if beside_dim is not 0
+  std::int64_t k_dim, beside_dim, v_dim;
+  std::int64_t block_size, token_bytes;
+
+  std::int64_t query_dim() const { return k_dim + beside_dim; }
 };
 
 // A row's table, the tokens [first, end) that it sees, and its part of what DecodeRows says.
@@ -42,7 +45,7 @@ struct RowSpace {
   RowSpace(const RowShape& shape, std::int64_t num_heads);
 
   std::vector<float> scores;  // [query heads, kScores]
-  std::vector<float> tile;    // [block_size, the larger dim]
+  std::vector<float> tile;    // [block_size, the largest dim]
   std::vector<Norm> norms;    // [query heads]
 };
 

@@ -23,11 +23,10 @@ RowShape shape_of(const HostPool& pool, const TableView& table,
   const std::size_t keys = 2 * rows.layer;
   pool.check_gather(keys, table, 0, seq_lens, rows.num_kv_heads, table.width * pool.block_size());
   const std::int64_t head_bytes = rows.num_kv_heads * (rows.type == FloatType::kFloat32 ? 4 : 2);
-  RowShape shape{pool, pool.region(keys), pool.region(keys + 1), pool.block_size(), 0, 0};
-  shape.k_dim = shape.keys.token_bytes / head_bytes;
-  shape.v_dim = shape.values.token_bytes / head_bytes;
-  if (shape.k_dim % kLanes != 0 || shape.v_dim % kLanes != 0 || rows.group < 1 ||
-      shape.keys.token_bytes % head_bytes != 0 || shape.values.token_bytes % head_bytes != 0) {
+  const Region &first = pool.region(keys), &second = pool.region(keys + 1);
+  const std::int64_t dim = first.token_bytes / head_bytes, other = second.token_bytes / head_bytes;
+  if (dim % kLanes != 0 || other % kLanes != 0 || rows.group < 1 ||
+      first.token_bytes % head_bytes != 0 || second.token_bytes % head_bytes != 0) {
     throw InvalidSpec("attend: expected heads of a multiple of 8 elements");
   }
   for (std::size_t b = 0; b < seq_lens.size(); ++b) {
@@ -36,7 +35,15 @@ RowShape shape_of(const HostPool& pool, const TableView& table,
       throw InvalidSpec("attend: expected rows that see a token");
     }
   }
-  return shape;
+  return {.pool = pool,
+          .keys = first,
+          .beside = second,
+          .values = rows.latent ? first : second,
+          .k_dim = dim,
+          .beside_dim = rows.latent ? other : 0,
+          .v_dim = rows.latent ? dim : other,
+          .block_size = pool.block_size(),
+          .token_bytes = first.token_bytes + second.token_bytes};
 }
 
 constexpr std::int64_t kPieceBytes = 1 << 20;  // of keys and values: worth the waking of a thread
@@ -58,7 +65,7 @@ struct Pieces {
 Pieces pieces_of(const RowShape& shape, const TableView& table,
                  std::span<const std::int32_t> seq_lens, const DecodeRows& rows, int num_threads) {
   const std::int64_t num_heads = std::int64_t{rows.num_kv_heads} * rows.group;
-  const std::int64_t token_bytes = shape.keys.token_bytes + shape.values.token_bytes;
+  const std::int64_t token_bytes = shape.token_bytes;
   std::int64_t total = 0;
   for (std::size_t b = 0; b < seq_lens.size(); ++b) {
     total += seq_lens[b] - first_seen(rows, b, seq_lens[b]);
@@ -80,7 +87,7 @@ Pieces pieces_of(const RowShape& shape, const TableView& table,
         .cells = table.cells + b * table.stride,
         .first = first_seen(rows, i, length),
         .end = length,
-        .queries = rows.queries + b * num_heads * shape.k_dim,
+        .queries = rows.queries + b * num_heads * shape.query_dim(),
         .outputs = rows.outputs + b * num_heads * shape.v_dim,
         .sums = rows.sums == nullptr ? nullptr : rows.sums + b * num_heads,
     };

@@ -15,6 +15,8 @@ enum class FloatType { kFloat32, kBFloat16 };
 struct DecodeRows {
   std::size_t layer;
   FloatType type;  // of keys and values
+  // A key is what both regions have, one behind the other, and a value what the first has.
+  bool latent;
   std::int32_t num_kv_heads;
   std::int32_t group;   // query heads for each KV head
   float scale;          // of scores
@@ -23,15 +25,15 @@ struct DecodeRows {
   // Nor does row b see the tokens before firsts[b]; null: each sees its sequence from its
   // beginning.
   const std::int32_t* firsts;
-  const float* queries;  // [rows, num_kv_heads * group, k_dim]
-  float* outputs;        // [rows, num_kv_heads * group, v_dim]
+  const float* queries;  // [rows, num_kv_heads * group, elements of a key]
+  float* outputs;        // [rows, num_kv_heads * group, elements of a value]
   float* sums;           // log-sum-exp of the scores, [rows, num_kv_heads * group]; may be null
 };
 
 // Row b is table's row b, seq_lens[b] tokens long with the new one, which is in its block and which
-// it sees. k_dim and v_dim have to be multiples of 8. On up to num_threads threads, as far as there
-// is work for them: long rows are read in pieces. InvalidSpec, before anything is written,
-// for a block outside the pool.
+// it sees. Heads have to be of a multiple of 8 elements in both regions. On up to num_threads
+// threads, as far as there is work for them: long rows are read in pieces. InvalidSpec, before
+// anything is written, for a block outside the pool.
 void attend(const HostPool& pool, const TableView& table, std::span<const std::int32_t> seq_lens,
             const DecodeRows& rows, int num_threads = 1);
 

@@ -471,10 +471,10 @@ class HostPool(Pool):
         owner: object = None,
     ) -> None: ...  # fmt: skip
     def attend(
-        self, layer: int, dtype: str, block_tables: int, table_stride: int, num_rows: int,
-        table_width: int, seq_lens: int, num_kv_heads: int, group: int, scale: float,
-        softcap: float, window: int, firsts: int, queries: int, outputs: int, sums: int,
-        num_threads: int,
+        self, layer: int, dtype: str, latent: bool, block_tables: int, table_stride: int,
+        num_rows: int, table_width: int, seq_lens: int, num_kv_heads: int, group: int,
+        scale: float, softcap: float, window: int, firsts: int, queries: int, outputs: int,
+        sums: int, num_threads: int,
     ) -> None:  # fmt: skip
         """Attention of one new token per row, on up to num_threads; K, V "float32" or "bfloat16".
 

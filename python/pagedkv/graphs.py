@@ -63,6 +63,10 @@ class Padded(NamedTuple):
         Sliding layers see their window. Of latent layers see `KVCache.attention`.
         """
         spec = self.kv.spec.layers[layer]
+        if q.shape[2:] != (spec.query_dim,) or q.shape[0] != len(self.slots):
+            raise InvalidSpec(
+                f"q is {list(q.shape)}, expected [{len(self.slots)}, query heads, {spec.query_dim}]"
+            )
         if spec.kind == "chunked":
             check_chunk(spec, self.width)
         kept = ops.gather(
@@ -76,7 +80,7 @@ class Padded(NamedTuple):
         empty = lens == 0  # which would see nothing: a softmax over that is NaN
         mask = (visible | empty)[:, None, None]
         found = dense(q[:, :, None], k, v, scale_of(spec, scale), softcap, mask)
-        return found.squeeze(2).masked_fill(empty[..., None], 0)
+        return found.squeeze(2)[..., : spec.output_dim].masked_fill(empty[..., None], 0)
 
 
 class DecodeGraph:

@@ -18,10 +18,14 @@ namespace {
 
 struct Case {
   FloatType type = FloatType::kFloat32;
+  bool latent = false;
   int block_size = 16, num_kv_heads = 2, group = 1, k_dim = 8, v_dim = 8;
   float scale = 0.3f, softcap = 0;
   int window = 0;
   std::vector<std::int32_t> lengths = {1}, firsts = {};
+
+  int query_dim() const { return latent ? k_dim + v_dim : k_dim; }
+  int output_dim() const { return latent ? k_dim : v_dim; }
 };
 
 // Keys and values at random in blocks at random, in memory with gaps that hold NaN.
@@ -40,7 +44,7 @@ struct Memory {
       regions.push_back({memory[part].data(), stride, token});
     }
     pool = std::make_unique<HostPool>(regions, num_blocks, c.block_size);
-    queries.resize(static_cast<std::size_t>(rows * c.num_kv_heads * c.group * c.k_dim));
+    queries.resize(static_cast<std::size_t>(rows * c.num_kv_heads * c.group * c.query_dim()));
     for (float& x : queries) x = normal(random);
     for (int b = 0; b < rows; ++b) {
       for (int t = 0; t < c.lengths[static_cast<std::size_t>(b)]; ++t) {
@@ -92,12 +96,13 @@ struct Memory {
         const int h = q / shape.group;
         const int asked = shape.firsts.empty() ? 0 : shape.firsts[static_cast<std::size_t>(b)];
         const int first = std::max(asked, shape.window > 0 ? length - shape.window : 0);
-        std::vector<double> scores, total(static_cast<std::size_t>(shape.v_dim));
+        std::vector<double> scores, total(static_cast<std::size_t>(shape.output_dim()));
         for (int t = first; t < length; ++t) {
           double score = 0;
-          for (int d = 0; d < shape.k_dim; ++d) {
-            score += queries[static_cast<std::size_t>((b * heads + q) * shape.k_dim + d)] *
-                     get(0, b, t, h * shape.k_dim + d);
+          for (int d = 0; d < shape.query_dim(); ++d) {
+            score += queries[static_cast<std::size_t>((b * heads + q) * shape.query_dim() + d)] *
+                     (d < shape.k_dim ? get(0, b, t, h * shape.k_dim + d)
+                                      : get(1, b, t, h * shape.v_dim + d - shape.k_dim));
           }
           score *= shape.scale;
           if (shape.softcap > 0) score = shape.softcap * std::tanh(score / shape.softcap);
@@ -108,8 +113,9 @@ struct Memory {
         for (int t = first; t < length; ++t) {
           const double weight = std::exp(scores[static_cast<std::size_t>(t - first)] - largest);
           sum += weight;
-          for (int d = 0; d < shape.v_dim; ++d) {
-            total[static_cast<std::size_t>(d)] += weight * get(1, b, t, h * shape.v_dim + d);
+          const int part = shape.latent ? 0 : 1, dim = shape.output_dim();
+          for (int d = 0; d < dim; ++d) {
+            total[static_cast<std::size_t>(d)] += weight * get(part, b, t, h * dim + d);
           }
         }
         for (const double x : total) outputs.push_back(x / sum);
@@ -125,8 +131,8 @@ struct Memory {
   }
 
   std::vector<float> found(decltype(&attend) run, int num_threads = 1) const {
-    const std::size_t heads = queries.size() / static_cast<std::size_t>(shape.k_dim);
-    const std::size_t size = heads * static_cast<std::size_t>(shape.v_dim);
+    const std::size_t heads = queries.size() / static_cast<std::size_t>(shape.query_dim());
+    const std::size_t size = heads * static_cast<std::size_t>(shape.output_dim());
     std::vector<float> outputs(size + heads, NAN);
     DecodeRows asked = rows(outputs.data());
     run(*pool, view(), shape.lengths, asked, num_threads);
@@ -138,6 +144,7 @@ struct Memory {
   DecodeRows rows(float* outputs) const {
     return {.layer = 0,
             .type = shape.type,
+            .latent = shape.latent,
             .num_kv_heads = shape.num_kv_heads,
             .group = shape.group,
             .scale = shape.scale,
@@ -190,6 +197,29 @@ TEST_CASE("attention off the blocks is attention") {
            .k_dim = 16,
            .v_dim = 136,
            .lengths = {9, 60}});
+  }
+}
+
+TEST_CASE("keys that go on in the other region, and are values as far as they are in the first") {
+  for (const auto type : {FloatType::kFloat32, FloatType::kBFloat16}) {
+    for (const int block_size : {1, 3, 5, 16}) {  // scores that end within four, and in them
+      Case c{.type = type, .latent = true, .block_size = block_size, .num_kv_heads = 1};
+      c.group = 5, c.k_dim = 64, c.v_dim = 16, c.lengths = {1, 7, 33, 300};
+      check(c);
+      c.firsts = {0, 2, 30, 259}, c.softcap = 2;
+      check(c);
+      c.num_kv_heads = 2, c.k_dim = 8, c.v_dim = 24, c.window = 11;
+      check(c);
+    }
+    check({.type = type,
+           .latent = true,
+           .num_kv_heads = 1,
+           .group = 16,
+           .k_dim = 512,
+           .v_dim = 64,
+           .scale = 0.05f,
+           .lengths = {1100, 20}},
+          3);
   }
 }
 

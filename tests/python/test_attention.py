@@ -104,7 +104,8 @@ def test_narrow_types_and_both_layouts(
     backend: str, layout: str, dtype: str, kind: str, options: dict[str, Any]
 ) -> None:
     scales = [(0.25, 2.0), (1.0, 1.0)] if dtype.startswith("float8") else None
-    with world(dtype=dtype, layout=layout, scales=scales, kind=kind) as w:
+    heads = (4, 1 if kind == "latent" else 2)
+    with world(heads, dtype=dtype, layout=layout, scales=scales, kind=kind) as w:
         mixed(w, backend, scale=0.25, **options)
 
 

@@ -200,7 +200,8 @@ def _is_fused(call: Call) -> bool:
     That kernel hides later keys by -inf before it multiplies by the scale: so for scale > 0 only.
     """
     layer = call.spec
-    return call.softcap is None and layer.query_dim == layer.output_dim and call.scale > 0
+    of_one_size = layer.k_dim == layer.v_dim or layer.kind == "latent"  # see keys_and_values
+    return call.softcap is None and of_one_size and call.scale > 0
 
 
 def _attend(
@@ -224,7 +225,7 @@ def _attend(
             k, v = k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1)
         out, sums = flash(q, k, v, 0.0, is_causal, scale=call.scale)
         sums = sums.float().reshape(heads, group, num)
-        return out.float().reshape(heads, group, num, dim), sums
+        return out.float().reshape(heads, group, num, dim)[..., : call.spec.output_dim], sums
     q, k, v = widened(q, k, v)
     scores = (q.reshape(heads, group * num, dim) @ k[:, 0].transpose(-1, -2)).float() * call.scale
     if call.softcap is not None:
@@ -234,7 +235,8 @@ def _attend(
         scores = scores.masked_fill(~mask, -torch.inf)
     sums = scores.logsumexp(-1)
     weights = torch.exp(scores - sums[..., None].nan_to_num(neginf=0.0)).to(v.dtype)
-    return (weights.flatten(1, 2) @ v[:, 0]).float().unflatten(1, (group, num)), sums
+    found = (weights.flatten(1, 2) @ v[:, 0]).float().unflatten(1, (group, num))
+    return found[..., : call.spec.output_dim], sums
 
 
 def _join(one: Part, other: Part) -> Part:

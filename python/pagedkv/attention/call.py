@@ -89,8 +89,15 @@ def scale_of(layer: LayerSpec, scale: float | None) -> float:
 def keys_and_values(
     layer: LayerSpec, kept: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What queries are multiplied by, and what is summed, of what a layer keeps [..., dim]."""
-    return (torch.cat(kept, -1), kept[0]) if layer.kind == "latent" else kept
+    """What queries are multiplied by, and what is summed, of what a layer keeps [..., dim].
+
+    Of a latent layer both are the same, longer than output_dim: the rest of a sum is nobody's. For
+    torch's kernels take keys and values of one size, and write out scores for others.
+    """
+    if layer.kind != "latent":
+        return kept
+    both = torch.cat(kept, -1)
+    return both, both
 
 
 @cache

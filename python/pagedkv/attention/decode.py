@@ -21,12 +21,12 @@ def takes(call: Call) -> bool:
     if call.q.dtype == torch.float64:
         return False
     layer, dtype = call.spec, call.kv.k(call.layer).dtype
-    whole = layer.k_dim % 8 == 0 and layer.v_dim % 8 == 0 and layer.kind != "latent"
+    whole = layer.k_dim % 8 == 0 and layer.v_dim % 8 == 0
     return whole and dtype in _TYPES and call.kv.host_pool is not None
 
 
 def decode(call: Call, first: int, last: int) -> torch.Tensor:
-    """Rows [first, last) of the step, of one new token each: float32 [last - first, Hq, v_dim]."""
+    """Rows [first, last) of the step, of one new token each: float32 [rows, Hq, output_dim]."""
     q = _queries(call, first, last)
     firsts = 0 if call.firsts is None else call.firsts[first:].data_ptr()
     return _decode(call, (first, last), q, firsts, 0)
@@ -44,7 +44,7 @@ def decode_with_sums(
 
 
 def _queries(call: Call, first: int, last: int) -> torch.Tensor:
-    """Float32 [last - first, Hq, k_dim], contiguous: the queries' own memory if it is so."""
+    """Float32 [last - first, Hq, query_dim], contiguous: the queries' own memory if it is so."""
     q = call.q
     if last - first < len(q):
         at = int(call.step.plan.query_starts[first])
@@ -58,10 +58,11 @@ def _decode(
     step, layer, pool = call.step, call.spec, call.kv.host_pool
     assert pool is not None
     num_heads = q.shape[1]
-    out = q.new_empty(rows[1] - rows[0], num_heads, layer.v_dim)
+    out = q.new_empty(rows[1] - rows[0], num_heads, layer.output_dim)
     pool.attend(
         call.layer,
         _TYPES[call.kv.k(call.layer).dtype],
+        layer.kind == "latent",
         *step.kept(("rows", rows), lambda: _tables(step, *rows)),
         layer.num_kv_heads,
         num_heads // layer.num_kv_heads,

@@ -56,7 +56,7 @@ def attend(call: Call) -> torch.Tensor:
             kept = kv.gather_blocks(call.layer, tables[first:last], 0, rows_lens, width)
             k, v = keys_and_values(call.spec, kept)
             found = dense(queries, k, v, call.scale, softcap, mask, is_causal)
-        out[rows] = found.transpose(1, 2).flatten(0, 1)
+        out[rows] = found[..., : call.spec.output_dim].transpose(1, 2).flatten(0, 1)
     return out
 
 
