@@ -74,6 +74,12 @@ void bind_arrays(py::module_& m, const char* name, const char* doc,
                  Field<T, std::vector<E>>... fields) {
   py::class_<T> cls(m, name, py::is_final(), doc);
   make_picklable(cls, fields...);
+  cls.def("__eq__", [fields...](const T& a, const py::object& b) -> py::object {
+    if (!py::isinstance<T>(b)) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+    const T& other = b.cast<const T&>();
+    return py::bool_(((a.*fields.member == other.*fields.member) && ...));
+  });
+  cls.attr("__hash__") = py::none();
   (cls.def_property_readonly(fields.name,
                              [fields](const T& value) { return array_of(value.*fields.member); }),
    ...);

@@ -1,5 +1,8 @@
-// No instance without its C++ value: what __new__ gives has been through __init__.
+// No instance without its C++ value: what __new__ gives has been through __init__, and what cannot
+// be pickled says so, where pickle's oldest protocols would make one of pybind11's base class.
 #include <pybind11/pybind11.h>
+
+#include <string>
 
 #include "bindings/module.h"
 
@@ -23,9 +26,16 @@ PyObject* make_whole(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
 }  // namespace
 
 void make_all_whole(py::module_& m) {
+  const py::cpp_function refuse(
+      [](const py::object& self) {
+        const auto name = py::type::of(self).attr("__name__").cast<std::string>();
+        throw py::type_error("a " + name + " cannot be copied or pickled");
+      },
+      py::is_method(py::none()));
   for (const auto& [name, value] : py::reinterpret_borrow<py::dict>(m.attr("__dict__"))) {
     if (!PyType_Check(value.ptr())) continue;
     auto* type = reinterpret_cast<PyTypeObject*>(value.ptr());
+    if (!value.attr("__dict__").contains("__reduce__")) py::setattr(value, "__reduce__", refuse);
     type->tp_new = &make_whole;
     type->tp_flags |= Py_TPFLAGS_IMMUTABLETYPE;  // an instance does not become one of another class
     PyType_Modified(type);

@@ -7,11 +7,18 @@ from collections.abc import Sequence
 from pagedkv.config import ModelConfig, check_int
 from pagedkv.errors import InvalidSpec
 
-__all__ = ["layer_kinds", "mamba_inner", "shared_layers", "state_elements", "window_of"]
+__all__ = [
+    "attentions_per_layer",
+    "layer_kinds",
+    "mamba_inner",
+    "shared_layers",
+    "state_elements",
+    "window_of",
+]
 
 # The words of configs, and the one that is used here.
 _WORDS = {
-    "full_attention": "full", "attention": "full", "*": "full",
+    "full_attention": "full", "attention": "full", "*": "full", "indexed_attention": "full",
     "sliding_attention": "sliding", "chunked_attention": "chunked",
     "mamba": "mamba", "mamba2": "mamba", "M": "mamba", "hybrid": "hybrid",
     "conv": "conv", "recurrent": "rg_lru", "moe": "moe", "E": "moe", "mlp": "mlp", "-": "mlp",
@@ -63,6 +70,11 @@ _KINDS = {
     "full", "sliding", "chunked", "latent", "hybrid", "mlp", "moe",
     "mamba", "delta", "lightning", "conv", "rg_lru",
 }  # fmt: skip
+
+
+def attentions_per_layer(config: ModelConfig) -> int:
+    """How many attentions, each with K and V of its own, one of the config's layers has."""
+    return 2 if config.model_type == "longcat_flash" else 1
 
 
 def _is_latent(config: ModelConfig) -> bool:

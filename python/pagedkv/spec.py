@@ -10,7 +10,13 @@ from typing import Any, Literal
 from pagedkv.config import ModelConfig
 from pagedkv.config import check_int as _check
 from pagedkv.errors import InvalidSpec
-from pagedkv.layer_kinds import layer_kinds, shared_layers, state_elements, window_of
+from pagedkv.layer_kinds import (
+    attentions_per_layer,
+    layer_kinds,
+    shared_layers,
+    state_elements,
+    window_of,
+)
 
 __all__ = ["DTYPE_BYTES", "KVSpec", "LayerSpec"]
 
@@ -169,11 +175,12 @@ class KVSpec:
         for i, kind in enumerate(kinds):
             try:
                 own = model.of_layer(i, kind)
-                layers.append(_layer(own, kind if i < keeping else "none", dtype, state_dtype))
+                layer = _layer(own, kind if i < keeping else "none", dtype, state_dtype)
             except InvalidSpec as error:
                 if kind in ("full", "sliding"):
                     raise
                 raise InvalidSpec(f"layer {i} is of kind {kind!r}: {error}") from None
+            layers += [layer] * attentions_per_layer(model)
         return cls(layers=layers, block_size=block_size)
 
     def require_kv(self) -> None:
@@ -247,6 +254,11 @@ def _layer(model: ModelConfig, kind: str, dtype: str, state_dtype: str) -> Layer
         raise InvalidSpec(f"dtype is {state_dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")
     state = state_elements(model, kind) * DTYPE_BYTES[state_dtype]
     if kind == "latent":
+        if model.get("index_topk") is not None:
+            raise InvalidSpec(
+                "it keeps an index beside its latents, to attend sparsely, which is neither "
+                "counted nor held yet"
+            )
         rank, turned = model.number("kv_lora_rank"), model.number("qk_rope_head_dim")
         return LayerSpec("latent", 1, rank, turned, dtype)
     if kind in ("full", "hybrid"):

@@ -75,7 +75,13 @@ def test_a_decode_step_for_graphs() -> None:
     def model(step: Padded) -> torch.Tensor:
         i = at["token"]
         step.write(0, latent[i : i + 1].expand(2, -1, -1), rope[i : i + 1].expand(2, -1, -1))
-        return step.attention(0, layer.absorbed(q[i : i + 1]).expand(2, -1, -1), scale=SCALE)
+        asked = layer.absorbed(q[i : i + 1]).expand(2, -1, -1)
+        for wrong in (asked[:1], asked[..., :-1]):
+            with pytest.raises(
+                pk.InvalidSpec, match=rf"expected \[2, query heads, {RANK + ROPE}\]"
+            ):
+                step.attention(0, wrong, scale=SCALE)
+        return step.attention(0, asked, scale=SCALE)
 
     with pk.KVCache(SPEC, num_device_blocks=20) as kv:
         seq, decode = kv.create(), DecodeGraph(kv, model, num_rows=2, width=8)
@@ -114,6 +120,9 @@ def test_what_nobody_can_know_is_asked_for() -> None:
     ):
         with pytest.raises(pk.InvalidSpec, match="scale is None, and a latent layer"):
             kv.attention(0, q, step)
+        for scale in ("a", float("nan"), float("inf")):
+            with pytest.raises(pk.InvalidSpec, match="expected a finite number"):
+                kv.attention(0, q, step, scale=scale)  # type: ignore[arg-type]
         with pytest.raises(pk.InvalidSpec, match=rf"expected \[1, query heads, {RANK + ROPE}\]"):
             kv.attention(0, q[..., :RANK], step, scale=1.0)
         for name in set(BACKENDS) - {"gather", "blockwise", "varlen", "flashinfer", "flash_attn"}:

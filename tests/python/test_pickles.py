@@ -69,6 +69,7 @@ def test_what_a_scheduler_reports_travels() -> None:
     assert pickle.loads(pickle.dumps(hit)) == hit
     snapshot = manager.snapshot()
     again = pickle.loads(pickle.dumps(snapshot))
+    assert again == manager.snapshot() == snapshot
     names = [name for name in dir(snapshot) if not name.startswith("_")]
     assert "published" in names
     for name in names:
@@ -76,3 +77,11 @@ def test_what_a_scheduler_reports_travels() -> None:
         assert after.dtype == before.dtype
         assert after.tolist() == before.tolist()
     assert snapshot.published.tolist() == [True, True, False]
+    manager.release(ids)
+    assert manager.snapshot() != snapshot
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_manager_cannot_be_pickled_by_any_protocol(protocol: int) -> None:
+    with pytest.raises(TypeError, match="a BlockManager cannot be copied or pickled"):
+        pickle.dumps(pk.BlockManager(4), protocol)

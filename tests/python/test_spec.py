@@ -197,6 +197,8 @@ def test_layers_that_contradict_themselves(arguments: Any) -> None:
         ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-*E", "mamba_num_heads": 4,
           "mamba_head_dim": 8, "ssm_state_size": 8}, "m-f-"),
         ({"model_type": "deepseek_v3", "kv_lora_rank": 8, "qk_rope_head_dim": 4}, "llll"),
+        ({"model_type": "longcat_flash", "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+          "num_hidden_layers": 2}, "llll"),  # two attentions in each
         ({"model_type": "gemma3n_text", "num_kv_shared_layers": 2, "sliding_window": 9,
           "layer_types": ["sliding_attention", "full_attention"] * 2}, "sf--"),
     ],
@@ -211,6 +213,17 @@ def test_kinds_of_layers(config: dict[str, Any], kinds: str) -> None:
         ]
         found += "-" if layer.kind == "state" and not layer.state_bytes else mark
     assert found == kinds
+
+
+@pytest.mark.parametrize("words", [{}, {"layer_types": ["indexed_attention"] * 2}])
+def test_an_index_beside_latents_is_not_left_out_in_silence(words: dict[str, Any]) -> None:
+    config = {
+        "model_type": "deepseek_v32", "num_hidden_layers": 2, "num_attention_heads": 4,
+        "hidden_size": 32, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "index_topk": 8,
+        "index_head_dim": 16, **words,
+    }  # fmt: skip
+    with pytest.raises(InvalidSpec, match="layer 0 .* keeps an index beside its latents"):
+        KVSpec.from_config(config)
 
 
 GEMMA_4 = {

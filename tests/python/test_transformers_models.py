@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import threading
 from typing import Any
@@ -88,6 +89,35 @@ def test_layers_that_see_their_chunk(beams: int, batch: str, chunk: int) -> None
         tiny.check_equal(model, cache, num_beams=beams, **tiny.prompts(batch))
 
 
+def test_asking_a_model_for_what_it_hands_over_leaves_it_as_it_was() -> None:
+    model = other_model("deepseek_v3", **LATENTS, attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    with paged(model) as cache:
+        assert cache.kv.spec.token_bytes > 0
+    assert torch.equal(torch.rand(1), expected)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_keys_and_values_of_every_head_instead_of_latents_are_told() -> None:
+    model = other_model("deepseek_v3", **LATENTS)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+
+        def forward(hidden_states: Any, past_key_values: Any, layer: int, **rest: Any) -> Any:
+            past_key_values.update(torch.zeros(1, 4, 1, 24), torch.zeros(1, 4, 1, 20), layer)
+            return hidden_states, None
+
+        attention.forward = functools.partial(forward, layer=attention.layer_idx)
+    with pytest.warns(RuntimeWarning, match="1,408 bytes per token, and not 192"):
+        cache = paged(model)
+    assert {layer.kind for layer in cache.kv.spec.layers} == {"full"}
+    cache.close()
+
+
 def test_a_model_that_keeps_more_beside_its_latents_is_refused() -> None:
     model = other_model("deepseek_v3", **LATENTS)
     attention = model.model.layers[1].self_attn
@@ -103,6 +133,8 @@ def test_a_model_that_keeps_more_beside_its_latents_is_refused() -> None:
     with pytest.raises(InvalidSpec, match="keeps an index beside its latents"):
         PagedCache.for_model(model, "4MiB")
     attention.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    with pytest.raises(InvalidSpec, match="weights are on meta"):
+        PagedCache.for_model(copy.deepcopy(model).to("meta"), "4MiB")
     with pytest.raises(InvalidSpec, match=r"layers \[0\] use a cache, and its config has 2"):
         PagedCache.for_model(model, "4MiB")
 

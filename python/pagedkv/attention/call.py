@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from importlib import import_module
+from numbers import Real
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -77,13 +79,18 @@ def check_chunk(layer: LayerSpec, longest: int) -> None:
 
 
 def scale_of(layer: LayerSpec, scale: float | None) -> float:
-    """`scale`, or by default k_dim ** -0.5. Raises InvalidSpec where that is not known."""
+    """`scale`, or by default k_dim ** -0.5. Raises InvalidSpec where it is no number or unknown."""
     if scale is None and layer.kind == "latent":
         raise InvalidSpec(
-            "scale is None, and a latent layer does not tell its model's: expected a number, mostly"
-            " (qk_nope_head_dim + qk_rope_head_dim) ** -0.5"
+            "scale is None, and a latent layer does not tell its model's: expected what the model "
+            "has, such as self_attn.scaling in transformers. (qk_nope_head_dim + qk_rope_head_dim) "
+            "** -0.5 is that of models without a factor for long contexts"
         )
-    return layer.k_dim**-0.5 if scale is None else scale
+    if scale is None:
+        return float(layer.k_dim**-0.5)
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise InvalidSpec(f"scale is {scale!r}, expected a finite number, or None")
+    return float(scale)
 
 
 def keys_and_values(

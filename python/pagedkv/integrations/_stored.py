@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -23,10 +24,9 @@ def spec_of(model: Any, block_size: int) -> KVSpec:
     spec.require_kv()
     if all(layer.kind != "latent" for layer in spec.layers):
         return spec
-    asked = _Asked()
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with torch.no_grad():
-        model(input_ids=token, past_key_values=asked, use_cache=True)
+    asked = _ask(model)
+    if not asked.found:
+        raise InvalidSpec("the model used no cache: is gradient checkpointing on?")
     if set(asked.found) != set(range(len(spec.layers))):
         raise InvalidSpec(
             f"the model's layers {sorted(asked.found)} use a cache, and its config has "
@@ -38,7 +38,32 @@ def spec_of(model: Any, block_size: int) -> KVSpec:
         if layer.kind == "latent" and (heads, k_dim, v_dim) != (1, layer.k_dim, layer.v_dim):
             layer = LayerSpec("full", heads, k_dim, v_dim, layer.dtype)
         layers.append(layer)
-    return KVSpec(layers=layers, block_size=block_size)
+    stored = KVSpec(layers=layers, block_size=block_size)
+    if stored.token_bytes > spec.token_bytes:
+        warnings.warn(
+            "this version of the model hands over the K and V that it makes of its latents: "
+            f"{stored.token_bytes:,} bytes per token, and not {spec.token_bytes:,}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return stored
+
+
+def _ask(model: Any) -> _Asked:
+    """What a forward of one token would store. The model and torch's seeds stay as they are."""
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
+    if device is None:
+        raise InvalidSpec("the model's weights are on meta: load them first")
+    asked, modes = _Asked(), [(module, module.training) for module in model.modules()]
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(input_ids=token, past_key_values=asked, use_cache=True)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return asked
 
 
 class _Asked(Cache):
