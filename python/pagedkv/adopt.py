@@ -9,7 +9,7 @@ before ends. What several tensors have side by side is one run. So there may be
     [N, 2, P, H, D]  t[:, 0], t[:, 1]                             FlashInfer, "NHD"
     [N, 2, H, P, D]  t[:, 0].transpose(1, 2), ...                 FlashInfer, "HND"
     [N, P, H, 2, D]  t[..., 0, :], t[..., 1, :]                   keys and values side by side
-    [N, P, 576]      t[..., None, :512], t[..., None, 512:]       MLA, in a latent layer
+    [N, P, 576]      t[..., None, :512], t[..., None, 512:]       MLA, to be copied alone
 
 and parts of larger tensors, such as one of all layers, with any stride from block to block. What
 may not be is padding between tokens, which could be somebody else's. Writing and gathering need

@@ -155,6 +155,9 @@ class KVCache(Steps):
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         """Scatter the new tokens' keys [T, H, k_dim] and values [T, H, v_dim] into step.slots.
 
+        In a latent layer they are the vectors [T, 1, k_dim], as the model would make keys and
+        values of them (normalized), and the part of the keys beside them, already turned.
+
         Other float types than the layer's are converted; into float8 as value / scale, where what
         is too large becomes the largest. What is float8 already is stored as it is.
 

@@ -76,10 +76,9 @@ def test_a_decode_step_for_graphs() -> None:
         i = at["token"]
         step.write(0, latent[i : i + 1].expand(2, -1, -1), rope[i : i + 1].expand(2, -1, -1))
         asked = layer.absorbed(q[i : i + 1]).expand(2, -1, -1)
+        says = rf"expected \[2, query heads, {RANK + ROPE}\]"
         for wrong in (asked[:1], asked[..., :-1]):
-            with pytest.raises(
-                pk.InvalidSpec, match=rf"expected \[2, query heads, {RANK + ROPE}\]"
-            ):
+            with pytest.raises(pk.InvalidSpec, match=says):
                 step.attention(0, wrong, scale=SCALE)
         return step.attention(0, asked, scale=SCALE)
 

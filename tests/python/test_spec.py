@@ -222,7 +222,7 @@ def test_an_index_beside_latents_is_not_left_out_in_silence(words: dict[str, Any
         "hidden_size": 32, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "index_topk": 8,
         "index_head_dim": 16, **words,
     }  # fmt: skip
-    with pytest.raises(InvalidSpec, match="layer 0 .* keeps an index beside its latents"):
+    with pytest.raises(InvalidSpec, match=r"layer 0 .* keeps an index beside its latents"):
         KVSpec.from_config(config)
 
 

@@ -51,7 +51,8 @@ def attend(
         q: queries [T, Hq, k_dim] on the cache's device, Hq a multiple of the layer's KV heads. To a
             latent layer [T, Hq, k_dim + v_dim], the first k_dim through the matrix that makes keys
             of its vector: so the vector is keys and values of all heads, and is read as it is.
-        scale: of the scores, by default k_dim ** -0.5; to a latent layer it has to be given.
+        scale: of the scores, by default k_dim ** -0.5; to a latent layer it has to be given, such
+            as self_attn.scaling in transformers.
         softcap: scores become softcap * tanh(scores / softcap).
         window: a token sees itself and the window - 1 tokens before it; by default the layer's own.
         attn_mask: bool (True: visible) or additive float, broadcastable to
