@@ -22,7 +22,8 @@ BACKENDS = ("gather", "blockwise")
 class Case(NamedTuple):
     """`beams` rows that share `context` tokens, or `batch` that do not, and `new` tokens each.
 
-    `padded`: a mask hides what would be padding on the left, of row i the part i / batch.
+    `padded`: a mask hides what would be padding on the left, of row i the part i / batch. `beside`:
+    what is kept are latents of `dim`, and that beside them.
     """
 
     context: int
@@ -34,12 +35,19 @@ class Case(NamedTuple):
     dtype: str = "bfloat16"
     options: tuple[tuple[str, Any], ...] = ()
     padded: bool = False
+    beside: int = 0
+
+    @property
+    def layer(self) -> pk.LayerSpec:
+        kind: Any = "latent" if self.beside else "full"
+        return pk.LayerSpec(kind, self.heads[1], self.dim, self.beside or self.dim, self.dtype)
 
     def __str__(self) -> str:
         rows = f"{self.beams} beams" if self.beams > 1 else f"{self.batch} x"
         options = ", padded" if self.padded else ""
         options += "".join(f", {name} {value}" for name, value in self.options)
-        shape = f"{self.heads[0]}/{self.heads[1]} heads of {self.dim}, {self.dtype}{options}"
+        of = f"latents of {self.dim} + {self.beside}" if self.beside else f"heads of {self.dim}"
+        shape = f"{self.heads[0]}/{self.heads[1]} {of}, {self.dtype}{options}"
         return f"{rows} {self.new} to {self.context}, {shape}"
 
 
@@ -60,7 +68,15 @@ CASES += [
     Case(4096, 256, options=(("window", 1024),)),
     Case(8192, dtype="float32", options=(("softcap", 30.0),)),
 ]
+LATENT: dict[str, Any] = {"heads": (128, 1), "dim": 512, "beside": 64}  # DeepSeek-V3's
+LATENT["options"] = (("scale", 192**-0.5),)
+CASES += [Case(n, dtype=t, **LATENT) for t in ("float32", "bfloat16") for n in (1024, 8192)]
+CASES += [
+    Case(1024, batch=8, dtype="float32", **{**LATENT, "heads": (16, 1)}),
+    Case(0, 512, dtype="float32", **LATENT),
+]
 SMALL = [
+    Case(40, batch=2, heads=(4, 1), dim=16, beside=8, options=(("scale", 0.3),)),
     Case(40, 3, batch=2, heads=(4, 2), dim=16),
     Case(40, beams=2, heads=(4, 2), dim=16),
     Case(40, batch=2, heads=(4, 2), dim=16, padded=True),
@@ -69,16 +85,19 @@ SMALL = [
 
 def run(case: Case, rounds: int = 4) -> dict[str, tuple[float, int]]:
     """Per backend the seconds of a call, and the bytes that it holds to gather into."""
-    heads, dtype = case.heads, getattr(torch, case.dtype)
-    spec = pk.KVSpec(1, heads[1], case.dim, case.dtype, 16)
+    layer, dtype = case.layer, getattr(torch, case.dtype)
+    spec = pk.KVSpec(layers=[layer], block_size=16)
     rows = case.batch * case.beams
     num_blocks = (case.context // 16 + 2) * case.batch + (case.new // 16 + 2) * rows
     with pk.KVCache(spec, num_device_blocks=num_blocks, max_batch=rows) as kv:
 
         def step(ids: Any, count: int) -> pk.Step:
             opened = kv.step(ids, counts=np.full(len(ids), count))
-            k = torch.randn(count * len(ids), heads[1], case.dim).to(dtype)
-            kv.write(0, k, k, opened)
+            k, v = (
+                torch.randn(count * len(ids), layer.num_kv_heads, dim).to(dtype)
+                for dim in (layer.k_dim, layer.v_dim)
+            )
+            kv.write(0, k, v, opened)
             return opened
 
         ids = np.array([kv.create() for _ in range(case.batch)])
@@ -86,7 +105,7 @@ def run(case: Case, rounds: int = 4) -> dict[str, tuple[float, int]]:
             step(ids, case.context).commit()
         if case.beams > 1:
             ids = kv.fork(int(ids[0]), case.beams)
-        q = torch.randn(rows * case.new, heads[0], case.dim).to(dtype)
+        q = torch.randn(rows * case.new, case.heads[0], layer.query_dim).to(dtype)
         options = dict(case.options)
         if case.padded:
             width = case.context + case.new
