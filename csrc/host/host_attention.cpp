@@ -30,8 +30,8 @@ RowShape shape_of(const HostPool& pool, const TableView& table,
     throw InvalidSpec("attend: expected heads of a multiple of 8 elements");
   }
   for (std::size_t b = 0; b < seq_lens.size(); ++b) {
-    const std::int64_t first = asked_first(rows, b);
-    if (first < 0 || first >= seq_lens[b]) {
+    const std::int64_t begin = asked_first(rows, b);
+    if (begin < 0 || begin >= seq_lens[b]) {
       throw InvalidSpec("attend: expected rows that see a token");
     }
   }

@@ -73,8 +73,13 @@ class Outcome:
 
     @property
     def mean_tokens(self) -> float:
-        """In memory: until the last admission, or all along if no request had ended by then."""
-        seconds, token_seconds = self.averaged or (self.seconds, self.token_seconds)
+        """In memory: until the last admission behind the end of a request; else all along.
+
+        All along, too, if no time had passed by then.
+        """
+        seconds, token_seconds = self.averaged or (0.0, 0.0)
+        if not seconds:
+            seconds, token_seconds = self.seconds, self.token_seconds
         return token_seconds / seconds if seconds else 0.0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import pagedkv
@@ -62,6 +62,7 @@ def test_the_buddy_allocator_is_that_of_a_bitmap(
 
 
 @settings(max_examples=60, deadline=None)
+@example(trace_of((0.0, 2, 0), (0.0, 2, 1)), 1, 0, 0.0)  # the first ends when it begins
 @given(traces, st.integers(1, 8), st.integers(0, 10), st.sampled_from([0.0, 0.25]))
 def test_paged_is_what_one_token_after_the_other_gives(
     trace: Trace, block_size: int, spare: int, token: float

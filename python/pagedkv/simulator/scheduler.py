@@ -185,7 +185,8 @@ class Integral:
     """Averages over time, by the trapezoid of what was before and after each stretch.
 
     They end at the last admission: what follows is the end of the trace and not its load. If no
-    request had ended by then, everything fits at once, and they are of the whole run.
+    request had ended by then, everything fits at once, and they are of the whole run; as they are
+    if no time had passed by then.
     """
 
     _NAMES = (*CATEGORIES, "unshared", "held", "batch")
