@@ -76,10 +76,10 @@ CASES += [
     Case(0, 512, dtype="float32", **LATENT),
 ]
 SMALL = [
-    Case(40, batch=2, heads=(4, 1), dim=16, beside=8, options=(("scale", 0.3),)),
     Case(40, 3, batch=2, heads=(4, 2), dim=16),
     Case(40, beams=2, heads=(4, 2), dim=16),
     Case(40, batch=2, heads=(4, 2), dim=16, padded=True),
+    Case(40, batch=2, heads=(4, 1), dim=16, beside=8, options=(("scale", 0.3),)),
 ]
 
 
