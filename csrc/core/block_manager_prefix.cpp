@@ -97,7 +97,8 @@ PrefixHit BlockManager::lookup(std::span<const Token> tokens, std::string_view s
   return {.num_tokens = std::int64_t{hit.num_full_blocks} * block_size_ + hit.num_partial_tokens,
           .num_full_blocks = hit.num_full_blocks,
           .num_partial_tokens = hit.num_partial_tokens,
-          .num_host_tokens = find_fetchable(hit.full, hit.rest).second};
+          .num_host_tokens =
+              hit.beyond == NodeId::none ? 0 : find_fetchable(hit.full, hit.rest).second};
 }
 
 // -------------------------------------------------------------------- the host as a prefix cache
