@@ -87,6 +87,20 @@ def test_heads_in_groups_and_values_of_another_size(
         mixed(w, backend)
 
 
+@pytest.mark.parametrize("heads", [(31, 1), (32, 1), (62, 2), (64, 2)])
+def test_our_kernel_is_for_few_query_heads_to_one_of_keys(
+    heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's products are quicker for more."""
+    calls: list[int] = []
+    attend = decode._decode
+    monkeypatch.setattr(decode, "_decode", lambda *a: (calls.append(1), attend(*a))[1])
+    with world(heads) as w:
+        mixed(w, "auto")
+        mixed(w, "blockwise")
+    assert bool(calls) == (heads[0] // heads[1] < 32)
+
+
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 5}], ids=str)
 @pytest.mark.parametrize("dims", [(64, 8), (16, 16), (24, 40)])
 @pytest.mark.parametrize("backend", ["gather", "blockwise"])

@@ -61,8 +61,8 @@ def attend(
             that hides no more than the beginnings of rows of one new token, as padding does.
         backend: one of BACKENDS, or "auto", the first that can of: on a GPU "flash_attn",
             "flashinfer", "varlen", "gather"; on a CPU "blockwise" where rows have one new token
-            in float32 or bfloat16, heads of a multiple of 8, and for long sequences, else
-            "gather".
+            in float32 or bfloat16, heads of a multiple of 8 and less than 32 query heads to one
+            of keys, and for long sequences, else "gather".
 
     Returns [T, Hq, v_dim] in q's dtype; of a latent layer [T, Hq, k_dim], sums of its vectors.
 

@@ -13,12 +13,16 @@ if TYPE_CHECKING:
 __all__ = ["decode", "decode_with_sums", "takes"]
 
 _INT32 = 2**31 - 1
+_MANY = 32  # query heads for each head of keys
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def takes(call: Call) -> bool:
-    """Whether there is one for what this layer keeps. It computes in float32."""
-    if call.q.dtype == torch.float64:
+    """Whether there is one for what this layer keeps. It computes in float32.
+
+    Of many query heads for one of keys the products are most of the work, and torch's are quicker.
+    """
+    if call.q.dtype == torch.float64 or call.q.shape[1] >= _MANY * call.spec.num_kv_heads:
         return False
     layer, dtype = call.spec, call.kv.k(call.layer).dtype
     whole = layer.k_dim % 8 == 0 and layer.v_dim % 8 == 0
