@@ -236,19 +236,18 @@ KV_INLINE void attend_row(const RowShape& shape, const Row& row, const DecodeRow
   std::fill(space.norms.begin(), space.norms.end(), Norm{});
   for (std::int64_t begin = row.first; begin < row.end; begin += kPart) {
     const std::int64_t end = std::min(begin + kPart, row.end);
-    const auto score_keys = [&](const Tile& keys, std::int64_t place, std::int64_t count,
-                                std::int64_t h) KV_LAMBDA {
-      by_two(h * group, group, [&](std::int64_t i, auto num) KV_LAMBDA {
-        score<num, false>(queries + i * query_dim, query_dim, keys, count, shape.k_dim,
-                          scores + i * kScores + place);
-      });
-    };
-    const auto score_rest = [&](const Tile& keys, std::int64_t place, std::int64_t count,
-                                std::int64_t h) KV_LAMBDA {
-      by_two(h * group, group, [&](std::int64_t i, auto num) KV_LAMBDA {
-        score<num, true>(queries + i * query_dim + shape.k_dim, query_dim, keys, count,
-                         shape.beside_dim, scores + i * kScores + place);
-      });
+    // The scores that one region of the keys gives, whose part of a query begins at `first`.
+    const auto score_region = [&](const Region& region, std::int64_t first, std::int64_t dim,
+                                  auto adds) KV_LAMBDA {
+      const auto score_keys = [&](const Tile& keys, std::int64_t place, std::int64_t count,
+                                  std::int64_t h) KV_LAMBDA {
+        by_two(h * group, group, [&](std::int64_t i, auto num) KV_LAMBDA {
+          score<num, decltype(adds)::value>(queries + i * query_dim + first, query_dim, keys, count,
+                                            dim, scores + i * kScores + place);
+        });
+      };
+      each_tile<kType>(shape.pool, region, row.cells, shape.block_size, heads, begin, end, dim,
+                       space, score_keys);
     };
     const auto add_values = [&](const Tile& values, std::int64_t place, std::int64_t count,
                                 std::int64_t h) KV_LAMBDA {
@@ -256,11 +255,9 @@ KV_INLINE void attend_row(const RowShape& shape, const Row& row, const DecodeRow
         add<num>(scores + i * kScores + place, values, count, v_dim, outputs + i * v_dim);
       });
     };
-    each_tile<kType>(shape.pool, shape.keys, row.cells, shape.block_size, heads, begin, end,
-                     shape.k_dim, space, score_keys);
+    score_region(shape.keys, 0, shape.k_dim, std::false_type{});
     if (shape.beside_dim != 0) {
-      each_tile<kType>(shape.pool, shape.beside, row.cells, shape.block_size, heads, begin, end,
-                       shape.beside_dim, space, score_rest);
+      score_region(shape.beside, shape.k_dim, shape.beside_dim, std::true_type{});
     }
     for (std::int64_t i = 0; i < heads * group; ++i) {
       normalize(scores + i * kScores, end - begin, rows, space.norms[static_cast<std::size_t>(i)],
