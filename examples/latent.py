@@ -21,12 +21,13 @@ import transformers as _transformers
 from rich.console import Console
 
 import pagedkv as pk
+from pagedkv.demo.model import spread_logits
 
 transformers: Any = _transformers  # whose types are partly missing
 
 
 def random_model() -> Any:
-    """Small, and always with the same weights, which are large enough to set logits apart."""
+    """Small, and always with the same weights."""
     config = transformers.DeepseekV3Config(
         vocab_size=300, hidden_size=64, intermediate_size=128, moe_intermediate_size=32,
         num_hidden_layers=3, first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2,
@@ -36,10 +37,7 @@ def random_model() -> Any:
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.DeepseekV3ForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
+    spread_logits(model)
     return model
 
 

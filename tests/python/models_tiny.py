@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from pagedkv import KVCache
+from pagedkv.demo.model import spread_logits
 from pagedkv.integrations.transformers import PagedCache
 
 VOCAB, EOS, PAD = 300, 2, 0
@@ -60,11 +61,7 @@ def model(name: str) -> Any:
         )
     else:
         raise AssertionError(name)
-    # Larger weights than the initial ones: logits far apart, so that no two tokens tie.
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
+    spread_logits(made)
     return made.eval()
 
 

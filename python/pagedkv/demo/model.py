@@ -89,12 +89,16 @@ def tiny_llama() -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = transformers.LlamaForCausalLM(config).eval()
-    # Larger weights than the initial ones: logits far apart, so that no two tokens tie.
+    spread_logits(network)
+    return network
+
+
+def spread_logits(network: torch.nn.Module) -> None:
+    """Make random weights larger than they begin: logits far apart, so that no two tokens tie."""
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)
-    return network
 
 
 def _from_folder(name: str, folder: Path) -> DemoModel:
